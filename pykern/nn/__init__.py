@@ -1,0 +1,5 @@
+"""Drop-in modules: torch's own classes, with their initialisation and state_dict, computed by pykern's ops."""
+
+from pykern.nn.norm import LayerNorm, RMSNorm
+
+__all__ = ["LayerNorm", "RMSNorm"]

@@ -1,0 +1,182 @@
+"""Differentiation of declared ops: everything is read off the names in the two schemas.
+
+The backward op's `d<output>` arguments are incoming gradients, its other arguments are saved arguments or outputs of
+the forward, `output_mask` says which gradients are wanted, and it returns `d<argument>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pykern.ops._spec import OpSpec
+
+_AUTOGRAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
+for _key in ("AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1", "AutogradMeta"):
+    _AUTOGRAD_KEYS = _AUTOGRAD_KEYS.add(getattr(torch._C.DispatchKey, _key))
+
+
+def vjp(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    wrt: Sequence[int],
+    outputs: Sequence[int],
+    grads: Sequence[torch.Tensor | None],
+    create_graph: bool,
+) -> list[torch.Tensor]:
+    """Gradients of `fn(*args)[outputs]`, weighted by `grads`, with respect to `args[wrt]`; zeros where none flows."""
+    args = list(args)
+    with torch.enable_grad():
+        for i in wrt:
+            # A view gives each argument a node of its own, also when one tensor is passed twice.
+            args[i] = args[i].view_as(args[i]) if args[i].requires_grad else args[i].detach().requires_grad_()
+        result = fn(*args)
+        result = result if isinstance(result, tuple) else (result,)
+        pairs = [(result[o], g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        pairs = [(out, g) for out, g in pairs if out.requires_grad]
+        inputs = [args[i] for i in wrt]
+        if not pairs or not inputs:
+            return [torch.zeros_like(x) for x in inputs]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs], inputs, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+        )
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+class Backward:
+    """How one op is differentiated: what to save, what to pass to the backward op, where its results go."""
+
+    def __init__(self, forward: OpSpec, backward: OpSpec, tied: dict[str, str]) -> None:
+        self.forward, self.op = forward, backward
+        inputs, outputs = [a.name for a in forward.arguments], forward.outputs
+        count = backward.incoming
+        self.gradients_in = [outputs.index(a.name[1:]) for a in backward.arguments[:count]]
+        self.saved = []  # (is_tensor, from_outputs, index) of each remaining argument but the mask
+        for argument in backward.arguments[count:-1]:
+            source = inputs if argument.name in inputs else outputs
+            self.saved.append((argument.is_tensor, source is outputs, source.index(argument.name)))
+        if backward.primal is None:
+            self._differentiate_reference()
+        self.targets = []  # for each gradient the backward returns: the forward arguments that receive it
+        for name in backward.outputs:
+            twins = [a for a, b in tied.items() if b == name[1:]]
+            self.targets.append([inputs.index(a) for a in (name[1:], *twins)])
+        self.statistics = [i for i in range(len(outputs)) if i not in self.gradients_in]
+        self.function = self._make_function()
+
+    def _differentiate_reference(self) -> None:
+        """The default primal: the forward's reference, on the backward's arguments put in the forward's order."""
+        reference, count = self.forward.reference, self.op.incoming
+        names = [a.name for a in self.op.arguments[count:-1]]
+        order = [names.index(a.name) for a in self.forward.arguments]
+
+        def primal(*args: Any) -> Any:
+            return reference(*[args[i] for i in order])
+
+        self.op.differentiate(primal, [name[1:] for name in self.op.outputs], self.gradients_in)
+
+    def save(self, ctx: Any, args: Sequence[Any], result: Any, backend: str | None) -> None:
+        outputs = result if isinstance(result, tuple) else (result,)
+        values = [(outputs if out else args)[i] for _, out, i in self.saved]
+        ctx.save_for_backward(*[v for v, (tensor, _, _) in zip(values, self.saved, strict=True) if tensor])
+        ctx.scalars = [v for v, (tensor, _, _) in zip(values, self.saved, strict=True) if not tensor]
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        constant = [o for i, o in enumerate(outputs) if i in self.statistics or not o.is_floating_point()]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
+
+    def gradients(self, ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradient of each forward argument."""
+        needs = ctx.needs_input_grad
+        result: list[torch.Tensor | None] = [None] * len(self.forward.arguments)
+        mask = [any(needs[i] for i in indices) for indices in self.targets]
+        incoming = [grads[i] for i in self.gradients_in]
+        if not any(mask) or all(g is None for g in incoming):
+            return result
+        tensors, scalars = iter(ctx.saved_tensors), iter(ctx.scalars)
+        saved = [next(tensors if tensor else scalars) for tensor, _, _ in self.saved]
+        if torch.is_grad_enabled():
+            # Somebody will differentiate again (create_graph=True): only the reference has every further derivative.
+            found = self.op.reference_gradients([*incoming, *saved, mask], create_graph=True)
+        else:
+            backend = ctx.backend if self.op.backends else None
+            found = self.op.op(*incoming, *saved, mask, backend=backend)
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        for indices, gradient in zip(self.targets, found, strict=True):
+            for i in indices:
+                result[i] = gradient if needs[i] else None
+        return result
+
+    def _make_function(self) -> type[torch.autograd.Function]:
+        """The eager path: a classic Function costs half of what a registered autograd kernel does per call."""
+        op, save, gradients = self.forward.op, self.save, self.gradients
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            *args, backend = args
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op(*args, backend=backend)
+            save(ctx, args, result, backend)
+            return result
+
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            with torch._C._AutoDispatchBelowAutograd() if not torch.is_grad_enabled() else torch.enable_grad():
+                return (*gradients(ctx, grads), None)
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(self.forward.name, (torch.autograd.Function,), members)
+
+    def register(self, library: torch.library.Library) -> None:
+        """The same formula for the dispatcher, which compiled code and autocast take."""
+
+        def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+            self.save(ctx, inputs, output, keyword_only_inputs["backend"])
+
+        def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            return tuple(self.gradients(ctx, grads))
+
+        torch.library.register_autograd(self.forward.op, backward, setup_context=setup_context, lib=library)
+
+
+def register_double_backward(spec: OpSpec, library: torch.library.Library) -> None:
+    """Gives a backward op its own formula, the vjp of the vjp: without one a second derivative is silently wrong."""
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+        tensors = [i for i, a in enumerate(spec.arguments) if a.is_tensor]
+        ctx.save_for_backward(*[inputs[i] for i in tensors])
+        ctx.tensors, ctx.inputs = tensors, [None if i in tensors else v for i, v in enumerate(inputs)]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        args = list(ctx.inputs)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        wrt = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        wanted = [i for i, g in enumerate(grads) if g is not None]
+        result: list[torch.Tensor | None] = [None] * len(args)
+
+        def first(*values: Any) -> tuple[torch.Tensor | None, ...]:
+            return tuple(spec.reference_gradients(values, create_graph=True))
+
+        found = vjp(first, args, wrt, wanted, [grads[i] for i in wanted], torch.is_grad_enabled())
+        for i, gradient in zip(wrt, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    torch.library.register_autograd(spec.op, backward, setup_context=setup_context, lib=library)
+
+
+class above_autograd:
+    """Lets a kernel, which runs below autograd, record a graph of its own."""
+
+    def __enter__(self) -> None:
+        include = torch._C._dispatch_tls_local_include_set()
+        exclude = torch._C._dispatch_tls_local_exclude_set()
+        self._guard = torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS)
+        self._guard.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._guard.__exit__(*exc)

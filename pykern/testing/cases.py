@@ -1,0 +1,116 @@
+"""Every case that the declarations imply on this machine: op × backend × check × sample × dtype."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pykern
+from pykern.ops._backends import unavailable
+from pykern.ops._spec import OpSpec, Sample
+from pykern.testing import checks
+from pykern.testing.inputs import Make, differentiable, samples
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PER_SAMPLE = {
+    "repeat": checks.check_repeat,
+    "strides": checks.check_strides,
+    "frozen": checks.check_frozen,
+}
+ONCE = {
+    "opcheck": checks.check_opcheck,
+    "thread": checks.check_thread,
+    "statistics": checks.check_statistics,
+    "autocast": checks.check_autocast,
+}
+
+
+@dataclass
+class Case:
+    op: str
+    backend: str
+    check: str
+    detail: str
+    run: Callable[[], None]
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.backend}-{self.check}-{self.detail}".replace(" ", "_")
+
+
+def backends(spec: OpSpec, device: str) -> list[str]:
+    """The backends whose kernels this process can run; where it interprets Triton, that alone."""
+    names = [name for name in spec.backends if unavailable(name, device) is None]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [name for name in names if name == "triton"]
+    return [*names, "reference"]
+
+
+def cases(names: Iterable[str] | None = None, device: str = "cpu", kind: str = "smoke") -> Iterator[Case]:
+    """The cases of the named ops, or of all."""
+    for name, spec in pykern.catalogue().items():
+        # A backward op is checked through its forward.
+        if spec.gradient is not None and (names is None or name in names):
+            for backend in backends(spec, device):
+                yield from _backend_cases(name, spec, backend, device, kind)
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                yield from _op_cases(name, spec, device)
+
+
+def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str) -> Iterator[Case]:
+    def case(check: str, detail: str, fn: Callable[..., None], args: Any) -> Case:
+        return Case(name, backend, check, detail, lambda: fn(spec, backend, args))
+
+    for dtype in DTYPES:
+        for sample in samples(spec, kind, device, dtype):
+            if not _serves(spec, backend, sample) or (dtype != torch.float32 and not _varies(sample, dtype)):
+                continue
+            label = f"{sample.name} {str(dtype)[6:]}"
+            yield case("accuracy", label, checks.check_accuracy, sample.args)
+            if dtype != torch.float16:  # the rest does not depend on which 16-bit type it is
+                for check, fn in PER_SAMPLE.items():
+                    # The reference is torch's own kernels, which may add up strided memory in another order.
+                    if (check, backend) != ("strides", "reference"):
+                        yield case(check, label, fn, sample.args)
+    served = [s for s in samples(spec, "smoke", device, torch.float32) if _serves(spec, backend, s)]
+    for sample in [s for s in served if _numel(s)][:2]:
+        for check, fn in ONCE.items():
+            yield case(check, sample.name, fn, sample.args)
+    if served:
+        yield case("compile", "changing shapes", checks.check_compile, [s.args for s in served[:6]])
+
+
+def _op_cases(name: str, spec: OpSpec, device: str) -> Iterator[Case]:
+    """What does not depend on the backend, because the reference does it or because nothing runs."""
+
+    def case(check: str, detail: str, run: Callable[[], None]) -> Case:
+        return Case(name, "any", check, detail, run)
+
+    smoke = [
+        s for s in samples(spec, "smoke", device, torch.float32) if 0 < _numel(s) <= 600 and differentiable(s.args)
+    ]
+    for sample in smoke[:3]:
+        yield case("derivatives", sample.name, lambda s=sample: checks.check_derivatives(spec, s.args))
+        yield case("transforms", sample.name, lambda s=sample: checks.check_transforms(spec, s.args))
+    first = next(samples(spec, "smoke", device, torch.float32), None)
+    if first is not None:
+        yield case("forced", first.name, lambda: checks.check_forced(spec, first.args))
+    for detail, args, error, pattern in spec.bad(Make(device)) if spec.bad else ():
+        bad = (spec, args, error, pattern)
+        yield case("bad input", detail, lambda bad=bad: checks.check_bad_input(*bad))
+
+
+def _serves(spec: OpSpec, backend: str, sample: Sample) -> bool:
+    return backend == "reference" or spec.why_not(backend, sample.args) is None
+
+
+def _varies(sample: Sample, dtype: torch.dtype) -> bool:
+    return any(isinstance(a, Tensor) and a.dtype == dtype for a in sample.args)
+
+
+def _numel(sample: Sample) -> int:
+    return sum(a.numel() for a in sample.args if isinstance(a, Tensor))
