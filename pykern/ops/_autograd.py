@@ -19,6 +19,14 @@ for _key in ("AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "Autog
     _AUTOGRAD_KEYS = _AUTOGRAD_KEYS.add(getattr(torch._C.DispatchKey, _key))
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
+
+
+def is_plain(args: Sequence[Any]) -> bool:
+    """Whether nothing between the caller and the kernel wants to see the call: no subclass of Tensor, no mode."""
+    return _PLAIN.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
+
+
 def vjp(
     fn: Callable[..., Any],
     args: Sequence[Any],
@@ -54,7 +62,7 @@ class Backward:
         inputs, outputs = [a.name for a in forward.arguments], forward.outputs
         count = backward.incoming
         self.gradients_in = [outputs.index(a.name[1:]) for a in backward.arguments[:count]]
-        self.saved = []  # (is_tensor, from_outputs, index) of each remaining argument but the mask
+        self.saved: list[tuple[bool, bool, int]] = []  # (is_tensor, from_outputs, index) up to the mask
         for argument in backward.arguments[count:-1]:
             source = inputs if argument.name in inputs else outputs
             self.saved.append((argument.is_tensor, source is outputs, source.index(argument.name)))
@@ -64,6 +72,10 @@ class Backward:
         for name in backward.outputs:
             twins = [a for a, b in tied.items() if b == name[1:]]
             self.targets.append([inputs.index(a) for a in (name[1:], *twins)])
+        self.tensors = [i for i, (tensor, _, _) in enumerate(self.saved) if tensor]
+        self.scalars = [i for i, (tensor, _, _) in enumerate(self.saved) if not tensor]
+        # Where each saved argument is found in the saved tensors followed by the scalars.
+        self.order = [(*self.tensors, *self.scalars).index(i) for i in range(len(self.saved))]
         self.statistics = [i for i in range(len(outputs)) if i not in self.gradients_in]
         self.function = self._make_function()
 
@@ -80,12 +92,13 @@ class Backward:
 
     def save(self, ctx: Any, args: Sequence[Any], result: Any, backend: str | None) -> None:
         outputs = result if isinstance(result, tuple) else (result,)
-        values = [(outputs if out else args)[i] for _, out, i in self.saved]
-        ctx.save_for_backward(*[v for v, (tensor, _, _) in zip(values, self.saved, strict=True) if tensor])
-        ctx.scalars = [v for v, (tensor, _, _) in zip(values, self.saved, strict=True) if not tensor]
+        values = [outputs[i] if out else args[i] for _, out, i in self.saved]
+        ctx.save_for_backward(*[values[i] for i in self.tensors])
+        ctx.scalars = [values[i] for i in self.scalars]
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        constant = [o for i, o in enumerate(outputs) if i in self.statistics or not o.is_floating_point()]
+        constant = [outputs[i] for i in self.statistics]
+        constant += [outputs[i] for i in self.gradients_in if not outputs[i].is_floating_point()]
         if constant:
             ctx.mark_non_differentiable(*constant)
 
@@ -93,18 +106,21 @@ class Backward:
         """The gradient of each forward argument."""
         needs = ctx.needs_input_grad
         result: list[torch.Tensor | None] = [None] * len(self.forward.arguments)
-        mask = [any(needs[i] for i in indices) for indices in self.targets]
-        incoming = [grads[i] for i in self.gradients_in]
-        if not any(mask) or all(g is None for g in incoming):
+        mask = [True in [needs[i] for i in indices] for indices in self.targets]
+        args = [grads[i] for i in self.gradients_in]
+        if True not in mask or all(g is None for g in args):
             return result
-        tensors, scalars = iter(ctx.saved_tensors), iter(ctx.scalars)
-        saved = [next(tensors if tensor else scalars) for tensor, _, _ in self.saved]
+        values = (*ctx.saved_tensors, *ctx.scalars)
+        args += [values[i] for i in self.order]
+        args.append(mask)
+        backend = ctx.backend if self.op.backends else None
         if torch.is_grad_enabled():
             # Somebody will differentiate again (create_graph=True): only the reference has every further derivative.
-            found = self.op.reference_gradients([*incoming, *saved, mask], create_graph=True)
+            found = self.op.reference_gradients(args, create_graph=True)
+        elif is_plain(args):
+            found = self.op.compute(args, backend)
         else:
-            backend = ctx.backend if self.op.backends else None
-            found = self.op.op(*incoming, *saved, mask, backend=backend)
+            found = self.op.op(*args, backend=backend)
         found = found if isinstance(found, (tuple, list)) else (found,)
         for indices, gradient in zip(self.targets, found, strict=True):
             for i in indices:
@@ -113,18 +129,17 @@ class Backward:
 
     def _make_function(self) -> type[torch.autograd.Function]:
         """The eager path: a classic Function costs half of what a registered autograd kernel does per call."""
-        op, save, gradients = self.forward.op, self.save, self.gradients
+        run, save, gradients = self.forward.run, self.save, self.gradients
 
         def forward(ctx: Any, *args: Any) -> Any:
-            *args, backend = args
-            with torch._C._AutoDispatchBelowAutograd():
-                result = op(*args, backend=backend)
+            backend = args[-1]
+            args = args[:-1]
+            result = run(*args, backend=backend)
             save(ctx, args, result, backend)
             return result
 
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            with torch._C._AutoDispatchBelowAutograd() if not torch.is_grad_enabled() else torch.enable_grad():
-                return (*gradients(ctx, grads), None)
+            return (*gradients(ctx, grads), None)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.forward.name, (torch.autograd.Function,), members)

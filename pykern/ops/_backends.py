@@ -1,6 +1,7 @@
 """Which backends this process can run, which one is forced, and lazy handles on their kernels."""
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -39,14 +40,12 @@ class backend:
         forced = self._previous
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why no kernel of backend `name` can run on tensors of that device in this process, or None if one can."""
+def unavailable(name: str, kernel: Callable[..., Any], device_type: str) -> str | None:
+    """Why this kernel of backend `name` cannot run on tensors of that device in this process, or None if it can."""
     if name == "cpu":
         if device_type != "cpu":
             return f"serves CPU tensors, not {device_type}"
-        from pykern import _native
-
-        return _native.reason
+        return kernel.missing() if isinstance(kernel, _Lazy) else None
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -66,10 +65,13 @@ def is_emulation(name: str, device_type: str) -> bool:
 
 
 class _Lazy:
-    """A kernel that is looked up at its first call, so that importing pykern loads neither triton nor a library."""
+    """A kernel that is looked up at its first call, so that importing pykern does not import triton.
 
-    def __init__(self, find: Callable[[], Callable[..., Any]]) -> None:
-        self._find = find
+    `missing` says why there is no such kernel in this installation, or None.
+    """
+
+    def __init__(self, find: Callable[[], Callable[..., Any]], missing: Callable[[], str | None]) -> None:
+        self._find, self.missing = find, missing
         self._kernel: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -80,7 +82,13 @@ class _Lazy:
 
 def native(name: str) -> Callable[..., Any]:
     """The C++ kernel `pykern_native::name`."""
-    return _Lazy(lambda: getattr(torch.ops.pykern_native, name).default)
+
+    def missing() -> str | None:
+        from pykern import _native
+
+        return _native.reason
+
+    return _Lazy(lambda: getattr(torch.ops.pykern_native, name).default, missing)
 
 
 def triton(module: str, name: str) -> Callable[..., Any]:
@@ -94,4 +102,4 @@ def triton(module: str, name: str) -> Callable[..., Any]:
             interpreter.install()
         return getattr(importlib.import_module(f"pykern.kernels.{module}"), name)
 
-    return _Lazy(find)
+    return _Lazy(find, lambda: None)

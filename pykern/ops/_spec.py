@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from pykern.ops import _backends
-from pykern.ops._autograd import Backward, above_autograd, register_double_backward, vjp
+from pykern.ops._autograd import Backward, above_autograd, is_plain, register_double_backward, vjp
 from pykern.ops._backends import BackendError, is_emulation, native, triton, unavailable
 
 __all__ = ["BackendError", "Explanation", "OpSpec", "Sample", "catalogue", "define", "explain", "native", "triton"]
@@ -62,7 +63,12 @@ class _Probed(Exception):
 
 @dataclass(eq=False)
 class OpSpec:
-    """A declared op; calling it with the op's arguments (no backend) runs it the cheapest way that is right."""
+    """A declared op; calling it with the op's arguments (no backend) runs it the cheapest way that is right.
+
+    The dispatcher, and a registered autograd kernel above all, cost more than a small kernel does. So plain tensors in
+    plain eager mode go straight to the backend; whatever else looks at a call (compile, autocast, dispatch modes,
+    tensor subclasses) sees the registered op.
+    """
 
     schema: str
     reference: Callable[..., Any] | None
@@ -104,12 +110,11 @@ class OpSpec:
             if self.check is not None:
                 self.check(*args)
             return self.reference(*args)
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or not is_plain(args):
             return self.op(*args, backend=_backends.forced)
-        if self.gradient is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self.gradient.function.apply(*args, _backends.forced)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.op(*args, backend=_backends.forced)
+        return self.run(*args, backend=_backends.forced)
 
     def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: names the function through which users call the op."""
@@ -121,6 +126,10 @@ class OpSpec:
     def run(self, *args: Any, backend: str | None = None) -> Any:
         if self.check is not None:
             self.check(*args)
+        return self.compute(args, backend)
+
+    def compute(self, args: Sequence[Any], backend: str | None) -> Any:
+        """`run` for arguments known to be right."""
         name, kernel = self.select(args, backend)
         self.served[name] = self.served.get(name, 0) + 1
         return kernel(*args)
@@ -140,7 +149,7 @@ class OpSpec:
             candidates = self._candidates[device_type] = [
                 (name, kernel, self.supports.get(name))
                 for name, kernel in self.backends.items()
-                if not is_emulation(name, device_type) and unavailable(name, device_type) is None
+                if not is_emulation(name, device_type) and unavailable(name, kernel, device_type) is None
             ]
         for name, kernel, supports in candidates:
             if supports is None or supports(*args) is None:
@@ -152,7 +161,8 @@ class OpSpec:
         if backend not in self.backends:
             return f"{self.basename} has no such backend, only {', '.join([*self.backends, 'reference'])}"
         supports = self.supports.get(backend)
-        return unavailable(backend, self._device_type(args)) or (supports(*args) if supports else None)
+        reason = unavailable(backend, self.backends[backend], self._device_type(args))
+        return reason or (supports(*args) if supports else None)
 
     def explain(self, args: Sequence[Any]) -> Explanation:
         """Which backend the op's arguments lead to."""
@@ -232,9 +242,8 @@ def define(
             `args` are wider copies. By default the reference on the wider copies.
     """
     spec = OpSpec(schema, reference, fake, **parts)
-    backward = backward or _derive_backward(spec)
     _register(spec)
-    spec.gradient = Backward(spec, backward, tied or {})
+    spec.gradient = Backward(spec, backward or _derive_backward(spec), tied or {})
     spec.gradient.register(_libraries[spec.namespace])
     return spec
 
@@ -320,6 +329,9 @@ def _register(spec: OpSpec) -> None:
     torch.library.register_fake(spec.name, fake, lib=library)
     for device_type in ("cpu", "cuda") if spec.autocast else ():
         library.impl(spec.basename, _autocast(spec, device_type), f"Autocast{device_type.upper()}")
+    if spec.cost is not None:
+        packet = getattr(getattr(torch.ops, spec.namespace), spec.basename)
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: int(spec.cost(*args)[0]))
     _specs[spec.name] = spec
 
 

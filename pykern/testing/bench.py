@@ -1,0 +1,168 @@
+"""The benchmark engine: every backend and peer of an op on its benchmark samples, correct before fast."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pykern
+from pykern.ops._backends import backend, is_emulation
+from pykern.ops._spec import OpSpec, Sample
+from pykern.testing import checks, timing
+from pykern.testing.inputs import as_tuple, differentiable, fresh, map_tensors, samples
+
+MODES = ("forward", "forward+backward")
+
+
+@dataclass
+class Record:
+    """One contestant on one sample."""
+
+    op: str
+    sample: str
+    dtype: str
+    mode: str
+    contestant: str
+    seconds: float
+    speedup: float | None  # torch's time over ours in the same rounds; low and high bound the median
+    low: float | None
+    high: float | None
+    over_floor: float | None
+    peak_bytes: int
+    host_seconds: float
+
+
+def contestants(spec: OpSpec, args: Sequence[Any], device: str) -> dict[str, Callable[..., Any]]:
+    """What serves this call: our backends, the reference, and the peers that cover it."""
+    found: dict[str, Callable[..., Any]] = {}
+    for name in [*spec.backends, "reference"]:
+        served = name == "reference" or (not is_emulation(name, device) and spec.why_not(name, args) is None)
+        if served:
+            found[name] = _forced(spec, name)
+    for name, peer in spec.peers.items():
+        if peer(*map_tensors(lambda t: t.detach(), args)) is not None:
+            found[name] = peer
+    return found
+
+
+def launch(fn: Callable[..., Any], args: Sequence[Any], mode: str) -> Callable[[], Any]:
+    """A call to time; the backward gets the same incoming gradients every time."""
+    if mode == "forward":
+        frozen = map_tensors(lambda t: t.detach(), args)
+        return lambda: fn(*frozen)
+    leaves = fresh(args)
+    wanted = [leaves[i] for i in differentiable(leaves)]
+    incoming = [torch.randn_like(o) for o in as_tuple(fn(*leaves)) if o.requires_grad]
+
+    def call() -> Any:
+        outputs = [o for o in as_tuple(fn(*leaves)) if o.requires_grad]
+        return torch.autograd.grad(outputs, wanted, incoming[: len(outputs)], allow_unused=True)
+
+    return call
+
+
+def run(
+    spec: OpSpec, sample: Sample, mode: str, device: str, dtype: torch.dtype, budget: float
+) -> Iterator[Record | tuple[str, str]]:
+    """Records of one sample; for a contestant whose result is wrong, its name and the reason instead."""
+    place = torch.device(device)
+    runners = {}
+    for name, fn in contestants(spec, sample.args, device).items():
+        if name in spec.backends or name == "reference":
+            try:
+                checks.check_accuracy(spec, name, sample.args)
+            except AssertionError as wrong:
+                yield name, str(wrong)
+                continue
+        runners[name] = launch(fn, sample.args, mode)
+    times = timing.interleaved(runners, place, budget)
+    floor = floor_seconds(spec, sample.args, mode, dtype, place)
+    tiny = next((s for s in samples(spec, "smoke", device, dtype) if s.args), sample)
+    tiny_contestants = contestants(spec, tiny.args, device)
+    for name, measured in times.items():
+        median = statistics.median(measured)
+        against = timing.ratio(times["torch"], measured) if "torch" in times else None
+        host = tiny_contestants.get(name)
+        yield Record(
+            op=spec.basename,
+            sample=sample.name,
+            dtype=str(dtype)[6:],
+            mode=mode,
+            contestant=name,
+            seconds=median,
+            speedup=against and against.median,
+            low=against and against.low,
+            high=against and against.high,
+            over_floor=floor and median / floor,
+            peak_bytes=timing.peak_memory(runners[name], place),
+            host_seconds=timing.host_seconds(launch(host, tiny.args, mode)) if host else float("nan"),
+        )
+
+
+def floor_seconds(
+    spec: OpSpec, args: Sequence[Any], mode: str, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """The larger of the two times that the op's cost sets, against ceilings measured now."""
+    if spec.cost is None:
+        return None
+    costs = [spec.cost(*args)]
+    backward = spec.gradient.op
+    if mode != "forward":
+        if backward.cost is None:
+            return None
+        costs.append(backward.cost(*backward_args(spec, args)))
+    flops, nbytes = (sum(c[i] for c in costs) for i in range(2))
+    return max(nbytes / timing.copy_bandwidth(nbytes, device), flops / timing.matmul_rate(dtype, device))
+
+
+def backward_args(spec: OpSpec, args: Sequence[Any]) -> list[Any]:
+    """The arguments that the backward op gets for a call whose outputs all receive a gradient."""
+    binding = spec.gradient
+    ours = map_tensors(lambda t: t.detach(), args)
+    outputs = as_tuple(spec(*ours))
+    incoming = [torch.ones_like(outputs[i]) if outputs[i].is_floating_point() else None for i in binding.gradients_in]
+    saved = [(outputs if out else ours)[i] for _, out, i in binding.saved]
+    wanted = set(differentiable(args))
+    return [*incoming, *saved, [any(i in wanted for i in indices) for indices in binding.targets]]
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a result must name to mean anything."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "machine": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "pykern": pykern.__version__,
+    }
+
+
+def write(path: Path, command: str, device: str, records: Sequence[Record]) -> None:
+    """A result file: the machine, versions and command, then the records."""
+    head = {**machine(device), "command": command}
+    body = {"about": head, "records": [asdict(r) for r in records]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body, indent=1) + "\n")
+
+
+def _forced(spec: OpSpec, name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with backend(name):
+            return spec(*args)
+
+    return call
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
