@@ -1,213 +1,20 @@
 """One declaration per op: `define` registers it with torch and keeps what tests, benchmarks and docs are made from."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from pykern.ops import _backends
-from pykern.ops._autograd import Backward, above_autograd, is_plain, register_double_backward, vjp
-from pykern.ops._backends import BackendError, is_emulation, native, triton, unavailable
+from pykern.ops._backends import native, triton
+from pykern.ops._backward import BackwardSpec, Gradient, register_double_backward
+from pykern.ops._op import Explanation, OpSpec, Sample, probe
 
-__all__ = ["BackendError", "Explanation", "OpSpec", "Sample", "catalogue", "define", "explain", "native", "triton"]
+__all__ = ["OpSpec", "Sample", "catalogue", "define", "define_backward", "explain", "native", "triton"]
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 _libraries: dict[str, torch.library.Library] = {}
-_specs: dict[str, "OpSpec"] = {}
-_probing: int | None = None  # the thread in which `explain` is asking
-
-
-@dataclass
-class Sample:
-    """Arguments of an op, in the schema's order, for a test or a benchmark."""
-
-    name: str
-    args: tuple[Any, ...]
-
-
-@dataclass
-class Argument:
-    name: str
-    type: str
-    declaration: str
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.type in ("Tensor", "Optional[Tensor]")
-
-
-@dataclass
-class Explanation:
-    """Which backend serves a call, and why each other one does not."""
-
-    op: str
-    chosen: str
-    reasons: dict[str, str | None]
-
-    def __str__(self) -> str:
-        lines = [f"{self.op}: {self.chosen}"]
-        for name, reason in self.reasons.items():
-            if name != self.chosen:
-                lines.append(f"  not {name}: {reason or 'another one comes first'}")
-        return "\n".join(lines)
-
-
-class _Probed(Exception):
-    def __init__(self, spec: "OpSpec", args: tuple[Any, ...]) -> None:
-        self.spec, self.call_args = spec, args
-
-
-@dataclass(eq=False)
-class OpSpec:
-    """A declared op; calling it with the op's arguments (no backend) runs it the cheapest way that is right.
-
-    The dispatcher, and a registered autograd kernel above all, cost more than a small kernel does. So plain tensors in
-    plain eager mode go straight to the backend; whatever else looks at a call (compile, autocast, dispatch modes,
-    tensor subclasses) sees the registered op.
-    """
-
-    schema: str
-    reference: Callable[..., Any] | None
-    fake: Callable[..., Any] | None
-    check: Callable[..., None] | None = None
-    backends: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    supports: dict[str, Callable[..., str | None]] = field(default_factory=dict)
-    autocast: dict[str, torch.dtype | str] = field(default_factory=dict)
-    samples: Callable[[str, Any], Iterator[Sample]] | None = None
-    bad: Callable[[Any], Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]] | None = None
-    cost: Callable[..., tuple[float, float]] | None = None
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    tolerance: float = 2.0
-    oracle: Callable[..., Any] | None = None
-    function: Callable[..., Any] | None = None
-    gradient: Backward | None = None
-
-    def __post_init__(self) -> None:
-        parsed = torch._C.parse_schema(self.schema)
-        self.name = parsed.name
-        self.namespace, self.basename = parsed.name.split("::")
-        declarations = _split(self.schema[self.schema.index("(") + 1 : self.schema.rindex("->")].rstrip()[:-1])
-        declarations = [d for d in declarations if d != "*"]
-        kinds = [Argument(a.name, str(a.type), d) for a, d in zip(parsed.arguments, declarations, strict=True)]
-        if not kinds or kinds[-1].declaration.replace(" ", "") != "str?backend=None":
-            raise ValueError(f"{self.name}: the schema must end in '*, str? backend=None'")
-        self.arguments, self.outputs = kinds[:-1], [r.name for r in parsed.returns]
-        self.served: dict[str, int] = {}
-        self._candidates: dict[str, list[tuple[str, Callable[..., Any], Callable[..., str | None] | None]]] = {}
-        self._device_index = next((i for i, a in enumerate(self.arguments) if a.type == "Tensor"), None)
-        self.primal: Callable[..., Any] | None = None
-
-    # --- what a user calls
-
-    def __call__(self, *args: Any) -> Any:
-        if _probing is not None and _probing == threading.get_ident():
-            raise _Probed(self, args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            if self.check is not None:
-                self.check(*args)
-            return self.reference(*args)
-        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or not is_plain(args):
-            return self.op(*args, backend=_backends.forced)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self.gradient.function.apply(*args, _backends.forced)
-        return self.run(*args, backend=_backends.forced)
-
-    def public(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: names the function through which users call the op."""
-        self.function = function
-        return function
-
-    # --- what the dispatcher calls
-
-    def run(self, *args: Any, backend: str | None = None) -> Any:
-        if self.check is not None:
-            self.check(*args)
-        return self.compute(args, backend)
-
-    def compute(self, args: Sequence[Any], backend: str | None) -> Any:
-        """`run` for arguments known to be right."""
-        name, kernel = self.select(args, backend)
-        self.served[name] = self.served.get(name, 0) + 1
-        return kernel(*args)
-
-    def select(self, args: Sequence[Any], backend: str | None = None) -> tuple[str, Callable[..., Any]]:
-        """The first backend that supports the call, or the forced one."""
-        if backend is not None:
-            if backend != "reference":
-                reason = self.why_not(backend, args)
-                if reason is not None:
-                    raise BackendError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
-                return backend, self.backends[backend]
-            return backend, self._run_reference
-        device_type = self._device_type(args)
-        candidates = self._candidates.get(device_type)
-        if candidates is None:
-            candidates = self._candidates[device_type] = [
-                (name, kernel, self.supports.get(name))
-                for name, kernel in self.backends.items()
-                if not is_emulation(name, device_type) and unavailable(name, kernel, device_type) is None
-            ]
-        for name, kernel, supports in candidates:
-            if supports is None or supports(*args) is None:
-                return name, kernel
-        return "reference", self._run_reference
-
-    def why_not(self, backend: str, args: Sequence[Any]) -> str | None:
-        """Why the backend cannot serve the call, or None."""
-        if backend not in self.backends:
-            return f"{self.basename} has no such backend, only {', '.join([*self.backends, 'reference'])}"
-        supports = self.supports.get(backend)
-        reason = unavailable(backend, self.backends[backend], self._device_type(args))
-        return reason or (supports(*args) if supports else None)
-
-    def explain(self, args: Sequence[Any]) -> Explanation:
-        """Which backend the op's arguments lead to."""
-        device_type = self._device_type(args)
-        reasons = {}
-        for name in self.backends:
-            reasons[name] = self.why_not(name, args)
-            if reasons[name] is None and is_emulation(name, device_type) and name != _backends.forced:
-                reasons[name] = f"emulated on {device_type} tensors, slow: runs only when forced"
-        return Explanation(self.name, self.select(args, _backends.forced)[0], {**reasons, "reference": None})
-
-    def _device_type(self, args: Sequence[Any]) -> str:
-        return "cpu" if self._device_index is None else args[self._device_index].device.type
-
-    def _run_reference(self, *args: Any) -> Any:
-        result = self.reference(*args)
-        return _tuple(_own(result if isinstance(result, tuple) else (result,), args))
-
-    # --- gradients through the reference (of a backward op)
-
-    def differentiate(self, primal: Callable[..., Any], wrt: Sequence[str], outputs: Sequence[int]) -> None:
-        """Makes this the backward op of `primal`, a function of the arguments between gradients and mask."""
-        names = [a.name for a in self.arguments[self.incoming : -1]]
-        self.primal, self.wrt, self.primal_outputs = primal, [names.index(n) for n in wrt], outputs
-
-    @property
-    def incoming(self) -> int:
-        """How many leading arguments are gradients of the forward's outputs."""
-        is_gradient = [a.type == "Optional[Tensor]" and a.name[0] == "d" for a in self.arguments]
-        return is_gradient.index(False)
-
-    def reference_gradients(self, args: Sequence[Any], create_graph: bool) -> list[torch.Tensor | None]:
-        """What a backward op computes, for arguments in its own order: the vjp of its primal."""
-        count, mask = self.incoming, args[-1]
-        wrt = [i for i, wanted in zip(self.wrt, mask, strict=True) if wanted]
-        found = iter(vjp(self.primal, args[count:-1], wrt, self.primal_outputs, args[:count], create_graph))
-        return [next(found) if wanted else None for wanted in mask]
-
-    def reference_backward(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        with above_autograd():
-            return tuple(self.reference_gradients(args, create_graph=False))
-
-    def fake_backward(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        inputs = [args[self.incoming + i] for i in self.wrt]
-        return _tuple([x.new_empty(x.shape) if wanted else None for x, wanted in zip(inputs, args[-1], strict=True)])
+_specs: dict[str, OpSpec] = {}
 
 
 def define(
@@ -215,7 +22,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: OpSpec | None = None,
+    backward: BackwardSpec | None = None,
     tied: dict[str, str] | None = None,
     **parts: Any,
 ) -> OpSpec:
@@ -243,7 +50,7 @@ def define(
     """
     spec = OpSpec(schema, reference, fake, **parts)
     _register(spec)
-    spec.gradient = Backward(spec, backward or _derive_backward(spec), tied or {})
+    spec.gradient = Gradient(spec, backward or _derive_backward(spec), tied or {})
     spec.gradient.register(_libraries[spec.namespace])
     return spec
 
@@ -254,7 +61,7 @@ def define_backward(
     primal: Callable[..., Any] | None = None,
     wrt: Sequence[str] = (),
     **parts: Any,
-) -> OpSpec:
+) -> BackwardSpec:
     """Declares the backward op that a later `define(…, backward=…)` takes.
 
     Its arguments bind by name: first `Tensor? d<output>` of the forward, then arguments and outputs of the forward,
@@ -267,8 +74,7 @@ def define_backward(
         wrt: the arguments of `primal` that the returns belong to, by default those the returns are named after.
         parts: `check`, `fake`, `backends`, `supports`, `cost`, `tolerance` as for `define`.
     """
-    spec = OpSpec(schema, None, parts.pop("fake", None), **parts)
-    spec.reference, spec.fake = spec.reference_backward, spec.fake or spec.fake_backward
+    spec = BackwardSpec(schema, **parts)
     if primal is not None:
         spec.differentiate(primal, wrt, range(spec.incoming))
     _register(spec)
@@ -288,29 +94,18 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
         op: a name in `catalogue()`.
         args, kwargs: what the public function takes (for an op without one, the op's own arguments).
     """
-    global _probing
     if op not in catalogue():
         raise ValueError(f"op: expected one of {', '.join(catalogue())}, got {op!r}")
     spec = catalogue()[op]
-    if spec.function is None:
-        return spec.explain(args)
-    _probing = threading.get_ident()
-    try:
-        spec.function(*args, **kwargs)
-    except _Probed as probed:
-        return probed.spec.explain(probed.call_args)
-    finally:
-        _probing = None
-    raise RuntimeError(f"{op}: these arguments never reach the op")
+    return spec.explain(args) if spec.function is None else probe(spec.function, args, kwargs)
 
 
-def _derive_backward(forward: OpSpec) -> OpSpec:
+def _derive_backward(forward: OpSpec) -> BackwardSpec:
     incoming = [f"Tensor? d{name}" for name in forward.outputs]
     tensors = [a.name for a in forward.arguments if a.is_tensor]
     arguments = [*incoming, *(a.declaration for a in forward.arguments), f"bool[{len(tensors)}] output_mask"]
     returns = ", ".join(f"Tensor d{name}" for name in tensors)
-    spec = define_backward(f"{forward.name}_backward({', '.join(arguments)}, *, str? backend=None) -> ({returns})")
-    return spec
+    return define_backward(f"{forward.name}_backward({', '.join(arguments)}, *, str? backend=None) -> ({returns})")
 
 
 def _register(spec: OpSpec) -> None:
@@ -352,25 +147,3 @@ def _autocast(spec: OpSpec, device_type: str) -> Callable[..., Any]:
             return spec.op(*[cast(v, p) for v, p in zip(args, policies, strict=False)], backend=backend)
 
     return cast_and_call
-
-
-def _split(declarations: str) -> list[str]:
-    return [d.strip() for d in declarations.split(",")]
-
-
-def _tuple(values: list[Any]) -> Any:
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _own(results: Sequence[torch.Tensor | None], args: Sequence[Any]) -> list[torch.Tensor | None]:
-    """Contiguous tensors that share memory with no argument and with no other result, as every kernel returns them."""
-    taken = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
-    owned = []
-    for tensor in results:
-        if tensor is not None:
-            tensor = tensor.contiguous()
-            if tensor.untyped_storage()._cdata in taken:
-                tensor = tensor.clone()
-            taken.add(tensor.untyped_storage()._cdata)
-        owned.append(tensor)
-    return owned

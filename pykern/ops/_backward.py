@@ -4,27 +4,16 @@ The backward op's `d<output>` arguments are incoming gradients, its other argume
 the forward, `output_mask` says which gradients are wanted, and it returns `d<argument>`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from pykern.ops._spec import OpSpec
+from pykern.ops._op import OpSpec, is_plain, one_or_tuple
 
 _AUTOGRAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
 for _key in ("AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1", "AutogradMeta"):
     _AUTOGRAD_KEYS = _AUTOGRAD_KEYS.add(getattr(torch._C.DispatchKey, _key))
-
-
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
-
-
-def is_plain(args: Sequence[Any]) -> bool:
-    """Whether nothing between the caller and the kernel wants to see the call: no subclass of Tensor, no mode."""
-    return _PLAIN.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
 
 
 def vjp(
@@ -54,10 +43,55 @@ def vjp(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-class Backward:
+class above_autograd:
+    """Lets a kernel, which runs below autograd, record a graph of its own."""
+
+    def __enter__(self) -> None:
+        include = torch._C._dispatch_tls_local_include_set()
+        exclude = torch._C._dispatch_tls_local_exclude_set()
+        self._guard = torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS)
+        self._guard.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._guard.__exit__(*exc)
+
+
+class BackwardSpec(OpSpec):
+    """A backward op. Its reference is the vjp of its `primal`, its fake gives gradients like what they belong to."""
+
+    def __init__(self, schema: str, **parts: Any) -> None:
+        super().__init__(schema, self._reference, parts.pop("fake", self._fake_gradients), **parts)
+        is_gradient = [a.type == "Optional[Tensor]" and a.name[0] == "d" for a in self.arguments]
+        self.incoming = is_gradient.index(False)  # how many leading arguments are gradients of the forward's outputs
+        self.primal: Callable[..., Any] | None = None
+
+    def differentiate(self, primal: Callable[..., Any], wrt: Sequence[str], outputs: Sequence[int]) -> None:
+        """Makes this the backward op of `primal`, a function of the arguments between gradients and mask."""
+        names = [a.name for a in self.arguments[self.incoming : -1]]
+        self.primal, self.wrt, self.primal_outputs = primal, [names.index(n) for n in wrt], outputs
+
+    def reference_gradients(self, args: Sequence[Any], create_graph: bool) -> list[torch.Tensor | None]:
+        """What a backward op computes, for arguments in its own order: the vjp of its primal."""
+        count, mask = self.incoming, args[-1]
+        wrt = [i for i, wanted in zip(self.wrt, mask, strict=True) if wanted]
+        found = iter(vjp(self.primal, args[count:-1], wrt, self.primal_outputs, args[:count], create_graph))
+        return [next(found) if wanted else None for wanted in mask]
+
+    def _reference(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        with above_autograd():
+            return tuple(self.reference_gradients(args, create_graph=False))
+
+    def _fake_gradients(self, *args: Any) -> tuple[torch.Tensor | None, ...]:
+        inputs = [args[self.incoming + i] for i in self.wrt]
+        return one_or_tuple(
+            [x.new_empty(x.shape) if wanted else None for x, wanted in zip(inputs, args[-1], strict=True)]
+        )
+
+
+class Gradient:
     """How one op is differentiated: what to save, what to pass to the backward op, where its results go."""
 
-    def __init__(self, forward: OpSpec, backward: OpSpec, tied: dict[str, str]) -> None:
+    def __init__(self, forward: OpSpec, backward: BackwardSpec, tied: dict[str, str]) -> None:
         self.forward, self.op = forward, backward
         inputs, outputs = [a.name for a in forward.arguments], forward.outputs
         count = backward.incoming
@@ -156,7 +190,7 @@ class Backward:
         torch.library.register_autograd(self.forward.op, backward, setup_context=setup_context, lib=library)
 
 
-def register_double_backward(spec: OpSpec, library: torch.library.Library) -> None:
+def register_double_backward(spec: BackwardSpec, library: torch.library.Library) -> None:
     """Gives a backward op its own formula, the vjp of the vjp: without one a second derivative is silently wrong."""
 
     def setup_context(ctx: Any, inputs: Sequence[Any], keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -182,16 +216,3 @@ def register_double_backward(spec: OpSpec, library: torch.library.Library) -> No
         return tuple(result)
 
     torch.library.register_autograd(spec.op, backward, setup_context=setup_context, lib=library)
-
-
-class above_autograd:
-    """Lets a kernel, which runs below autograd, record a graph of its own."""
-
-    def __enter__(self) -> None:
-        include = torch._C._dispatch_tls_local_include_set()
-        exclude = torch._C._dispatch_tls_local_exclude_set()
-        self._guard = torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS)
-        self._guard.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        self._guard.__exit__(*exc)
