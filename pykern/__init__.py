@@ -1,6 +1,9 @@
 """Custom-kernel ops for torch: fused attention, norms, LoRA, mixture of experts and 4-bit weights."""
 
+import importlib
+import os
 from pathlib import Path
+from typing import Any
 
 # In a source checkout `pykern.kernels` is the folder `kernels/` at the root. It has no __init__.py, because a
 # regular package of that name would shadow the PyPI package `kernels` which transformers imports.
@@ -10,8 +13,27 @@ if (_root / "kernels").is_dir() and (_root / "setup.py").is_file():
 
 __version__ = "0.1.0"
 
-from pykern import nn, ops  # noqa: E402 - `pykern.kernels` must be findable first
-from pykern.ops._backends import BackendError, backend  # noqa: E402
-from pykern.ops._spec import catalogue, explain  # noqa: E402
-
+# Imported at first use: the command line must set OpenMP's variables before torch loads it, and be quick without torch.
+_HOMES = {
+    "BackendError": "pykern.ops._backends",
+    "backend": "pykern.ops._backends",
+    "catalogue": "pykern.ops._spec",
+    "explain": "pykern.ops._spec",
+}
 __all__ = ["BackendError", "backend", "catalogue", "explain", "nn", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("nn", "ops"):
+        return importlib.import_module(f"pykern.{name}")
+    if name in _HOMES:
+        importlib.import_module("pykern.ops")  # so that every op is in the catalogue
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pykern' has no attribute {name!r}")
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The stock interpreter is silently wrong on bf16: no result of it leaves pykern unrepaired.
+    from pykern.testing import interpreter
+
+    interpreter.install()

@@ -42,9 +42,9 @@ class backend:
 
 def unavailable(name: str, kernel: Callable[..., Any], device_type: str) -> str | None:
     """Why this kernel of backend `name` cannot run on tensors of that device in this process, or None if it can."""
-    if name == "cpu":
-        if device_type != "cpu":
-            return f"serves CPU tensors, not {device_type}"
+    if name in ("cpu", "cuda"):
+        if device_type != name:
+            return f"serves {name.upper()} tensors, not {device_type}"
         return kernel.missing() if isinstance(kernel, _Lazy) else None
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -52,10 +52,6 @@ def unavailable(name: str, kernel: Callable[..., Any], device_type: str) -> str 
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "on CPU tensors it is the Triton interpreter: start the process with TRITON_INTERPRET=1"
         return None if device_type in ("cpu", "cuda") else f"does not run on {device_type}"
-    if name == "cuda":
-        from pykern import _native
-
-        return _native.cuda_reason if device_type == "cuda" else f"serves CUDA tensors, not {device_type}"
     return None
 
 
@@ -74,10 +70,18 @@ class _Lazy:
         self._find, self.missing = find, missing
         self._kernel: Callable[..., Any] | None = None
 
-    def __call__(self, *args: Any) -> Any:
+    def resolve(self) -> Callable[..., Any]:
         if self._kernel is None:
             self._kernel = self._find()
-        return self._kernel(*args)
+        return self._kernel
+
+    def __call__(self, *args: Any) -> Any:
+        return self.resolve()(*args)
+
+
+def resolved(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel itself, where a lazy handle stands for it."""
+    return kernel.resolve() if isinstance(kernel, _Lazy) else kernel
 
 
 def native(name: str) -> Callable[..., Any]:
@@ -94,12 +98,4 @@ def native(name: str) -> Callable[..., Any]:
 def triton(module: str, name: str) -> Callable[..., Any]:
     """The launcher `name` in `kernels/<module>.py`."""
 
-    def find() -> Callable[..., Any]:
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            # The stock interpreter is silently wrong on bf16; no result of it leaves pykern unrepaired.
-            from pykern.testing import interpreter
-
-            interpreter.install()
-        return getattr(importlib.import_module(f"pykern.kernels.{module}"), name)
-
-    return _Lazy(find, lambda: None)
+    return _Lazy(lambda: getattr(importlib.import_module(f"pykern.kernels.{module}"), name), lambda: None)

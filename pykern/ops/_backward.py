@@ -4,6 +4,7 @@ The backward op's `d<output>` arguments are incoming gradients, its other argume
 the forward, `output_mask` says which gradients are wanted, and it returns `d<argument>`.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,13 @@ from pykern.ops._op import OpSpec, is_plain, one_or_tuple
 _AUTOGRAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
 for _key in ("AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "AutogradPrivateUse1", "AutogradMeta"):
     _AUTOGRAD_KEYS = _AUTOGRAD_KEYS.add(getattr(torch._C.DispatchKey, _key))
+
+
+def picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the values at these places out of a sequence."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda values: tuple(values[i] for i in indices)
 
 
 def vjp(
@@ -106,12 +114,22 @@ class Gradient:
         for name in backward.outputs:
             twins = [a for a, b in tied.items() if b == name[1:]]
             self.targets.append([inputs.index(a) for a in (name[1:], *twins)])
-        self.tensors = [i for i, (tensor, _, _) in enumerate(self.saved) if tensor]
-        self.scalars = [i for i, (tensor, _, _) in enumerate(self.saved) if not tensor]
-        # Where each saved argument is found in the saved tensors followed by the scalars.
-        self.order = [(*self.tensors, *self.scalars).index(i) for i in range(len(self.saved))]
         self.statistics = [i for i in range(len(outputs)) if i not in self.gradients_in]
+        self._make_pickers(len(inputs))
         self.function = self._make_function()
+
+    def _make_pickers(self, arguments: int) -> None:
+        """What moves between the argument lists, prepared: it runs at every call."""
+        places = [(tensor, i + arguments * out) for tensor, out, i in self.saved]  # among arguments, then outputs
+        tensors = [n for n, (tensor, _) in enumerate(places) if tensor]
+        scalars = [n for n, (tensor, _) in enumerate(places) if not tensor]
+        self._tensors = picker([places[n][1] for n in tensors])
+        self._scalars = picker([places[n][1] for n in scalars])
+        self._saved = picker([(*tensors, *scalars).index(n) for n in range(len(places))])
+        self._incoming = picker(self.gradients_in)
+        nothing = len(self.targets)  # behind the gradients found stands a None
+        receivers = [[n for n, indices in enumerate(self.targets) if i in indices] for i in range(arguments)]
+        self._received = picker([r[0] if r else nothing for r in receivers])
 
     def _differentiate_reference(self) -> None:
         """The default primal: the forward's reference, on the backward's arguments put in the forward's order."""
@@ -126,9 +144,9 @@ class Gradient:
 
     def save(self, ctx: Any, args: Sequence[Any], result: Any, backend: str | None) -> None:
         outputs = result if isinstance(result, tuple) else (result,)
-        values = [outputs[i] if out else args[i] for _, out, i in self.saved]
-        ctx.save_for_backward(*[values[i] for i in self.tensors])
-        ctx.scalars = [values[i] for i in self.scalars]
+        values = (*args, *outputs)
+        ctx.save_for_backward(*self._tensors(values))
+        ctx.scalars = self._scalars(values)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         constant = [outputs[i] for i in self.statistics]
@@ -136,17 +154,14 @@ class Gradient:
         if constant:
             ctx.mark_non_differentiable(*constant)
 
-    def gradients(self, ctx: Any, grads: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradient of each forward argument."""
+    def gradients(self, ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of each forward argument; autograd ignores those of arguments that are frozen."""
         needs = ctx.needs_input_grad
-        result: list[torch.Tensor | None] = [None] * len(self.forward.arguments)
-        mask = [True in [needs[i] for i in indices] for indices in self.targets]
-        args = [grads[i] for i in self.gradients_in]
-        if True not in mask or all(g is None for g in args):
-            return result
-        values = (*ctx.saved_tensors, *ctx.scalars)
-        args += [values[i] for i in self.order]
-        args.append(mask)
+        mask = [needs[to[0]] if len(to) == 1 else any(needs[i] for i in to) for to in self.targets]
+        incoming = self._incoming(grads)
+        if True not in mask or (incoming[0] is None and all(g is None for g in incoming)):
+            return (None,) * len(self.forward.arguments)
+        args = (*incoming, *self._saved((*ctx.saved_tensors, *ctx.scalars)), mask)
         backend = ctx.backend if self.op.backends else None
         if torch.is_grad_enabled():
             # Somebody will differentiate again (create_graph=True): only the reference has every further derivative.
@@ -156,10 +171,7 @@ class Gradient:
         else:
             found = self.op.op(*args, backend=backend)
         found = found if isinstance(found, (tuple, list)) else (found,)
-        for indices, gradient in zip(self.targets, found, strict=True):
-            for i in indices:
-                result[i] = gradient if needs[i] else None
-        return result
+        return self._received((*found, None))
 
     def _make_function(self) -> type[torch.autograd.Function]:
         """The eager path: a classic Function costs half of what a registered autograd kernel does per call."""
@@ -173,7 +185,7 @@ class Gradient:
             return result
 
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            return (*gradients(ctx, grads), None)
+            return gradients(ctx, grads) + (None,)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         return type(self.forward.name, (torch.autograd.Function,), members)
@@ -185,7 +197,7 @@ class Gradient:
             self.save(ctx, inputs, output, keyword_only_inputs["backend"])
 
         def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-            return tuple(self.gradients(ctx, grads))
+            return self.gradients(ctx, grads)
 
         torch.library.register_autograd(self.forward.op, backward, setup_context=setup_context, lib=library)
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from pykern.ops import _backends
-from pykern.ops._backends import BackendError, is_emulation, unavailable
+from pykern.ops._backends import BackendError, is_emulation, resolved, unavailable
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
 _probing: int | None = None  # the thread in which `probe` is asking
@@ -136,7 +136,7 @@ class OpSpec:
         candidates = self._candidates.get(device_type)
         if candidates is None:
             candidates = self._candidates[device_type] = [
-                (name, kernel, self.supports.get(name))
+                (name, resolved(kernel), self.supports.get(name))
                 for name, kernel in self.backends.items()
                 if not is_emulation(name, device_type) and unavailable(name, kernel, device_type) is None
             ]

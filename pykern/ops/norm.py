@@ -296,9 +296,10 @@ def layer_norm(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    if normalized_shape == input.shape[-1:]:  # the common case, without the work for several dimensions
+        return _layer_norm(input, weight, bias, eps)[0]
     x, w, b = flatten_normalized(input, normalized_shape, weight, bias)
-    y = _layer_norm(x, w, b, eps)[0]
-    return y if x is input else y.view(input.shape)
+    return _layer_norm(x, w, b, eps)[0].view(input.shape)
 
 
 @_rms_norm.public
@@ -327,6 +328,8 @@ def rms_norm(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    eps = default_eps(input, eps)
+    if normalized_shape == input.shape[-1:]:  # the common case, without the work for several dimensions
+        return _rms_norm(input, weight, eps, weight_offset, round_before_weight)[0]
     x, w = flatten_normalized(input, normalized_shape, weight)
-    y = _rms_norm(x, w, default_eps(input, eps), weight_offset, round_before_weight)[0]
-    return y if x is input else y.view(input.shape)
+    return _rms_norm(x, w, eps, weight_offset, round_before_weight)[0].view(input.shape)

@@ -148,7 +148,7 @@ def resolve(targets: Sequence[str]) -> list[str]:
         elif target in forward_ops():
             names.append(target)
         else:
-            raise ValueError(f"op: expected a Python file or one of {', '.join(forward_ops())}, got {target!r}")
+            sys.exit(f"error: op: expected a Python file or one of {', '.join(forward_ops())}, got {target!r}")
     return names or list(forward_ops())
 
 
@@ -158,7 +158,7 @@ def interpreting() -> bool:
 
 def _import_file(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"op: there is no file {path}")
+        sys.exit(f"error: op: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module

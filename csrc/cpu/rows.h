@@ -1,0 +1,32 @@
+// A tensor seen as rows of contiguous elements. Plain data: this header is compiled for every instruction set, so it
+// must not define a function that the linker could share between them.
+
+#pragma once
+
+#include <cstdint>
+
+namespace pykern {
+
+enum class DType { f32, f16, bf16, count };
+constexpr int kDTypes = static_cast<int>(DType::count);
+
+constexpr int kRowDims = 4;
+
+// The rows' indices count through `dims` dimensions, the last one fastest; strides are in elements.
+struct Rows {
+  void* data;
+  int dims;
+  int64_t size[kRowDims];
+  int64_t stride[kRowDims];
+};
+
+static inline __attribute__((always_inline)) int64_t row_offset(const Rows& rows, int64_t row) {
+  int64_t offset = 0;
+  for (int d = rows.dims - 1; d > 0; --d) {
+    offset += row % rows.size[d] * rows.stride[d];
+    row /= rows.size[d];
+  }
+  return offset + row * rows.stride[0];
+}
+
+}  // namespace pykern

@@ -1,0 +1,99 @@
+// Tensors as CPU kernels take them: allocation, rows and element types, over libtorch's stable C interface.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+
+#include "rows.h"
+
+namespace pykern {
+
+using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline int32_t torch_code(DType dtype) {
+  static const std::array<int32_t, kDTypes> codes = {
+      aoti_torch_dtype_float32(), aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16()};
+  return codes[static_cast<int>(dtype)];
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  for (DType dtype : {DType::f32, DType::f16, DType::bf16})
+    if (torch_code(dtype) == code) return dtype;
+  STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  return DType::count;
+}
+
+// A contiguous tensor with uninitialised contents. The general empty() of the stable interface boxes six optional
+// arguments, which costs more than a small kernel.
+inline Tensor empty(Sizes sizes, DType dtype) {
+  std::array<int64_t, 64> strides;
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "at most 64 dimensions are supported");
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(), torch_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The rows of a tensor, read in place where the last dimension is contiguous and the others fold into few; else the
+// rows of a contiguous copy, which lives as long as this.
+class RowsOf {
+ public:
+  explicit RowsOf(const Tensor& t) {
+    if (fold(t)) {
+      rows.data = t.data_ptr();
+      return;
+    }
+    copy_ = torch::stable::contiguous(t);
+    fold(*copy_);
+    rows.data = copy_->data_ptr();
+  }
+
+  Rows rows;
+
+ private:
+  bool fold(const Tensor& t) {
+    const Sizes sizes = t.sizes(), strides = t.strides();
+    const int64_t last = static_cast<int64_t>(sizes.size()) - 1;
+    if (sizes[last] > 1 && strides[last] != 1) return false;
+    std::array<int64_t, kRowDims> size = {1}, stride = {0};  // innermost first
+    int dims = 0;
+    for (int64_t d = last - 1; d >= 0; --d) {
+      if (sizes[d] == 1) continue;
+      if (dims > 0 && strides[d] == size[dims - 1] * stride[dims - 1]) {
+        size[dims - 1] *= sizes[d];
+        continue;
+      }
+      if (dims == kRowDims) return false;
+      size[dims] = sizes[d];
+      stride[dims++] = strides[d];
+    }
+    rows.dims = std::max(dims, 1);
+    std::reverse_copy(size.begin(), size.begin() + rows.dims, rows.size);
+    std::reverse_copy(stride.begin(), stride.begin() + rows.dims, rows.stride);
+    return true;
+  }
+
+  std::optional<Tensor> copy_;
+};
+
+// body(begin, end) over the range, on torch's threads where the elements are worth waking them; the range is cut
+// differently for every number of threads, so the result must not depend on where.
+template <class Body>
+void parallel(int64_t count, int64_t elements_each, const Body& body) {
+  constexpr int64_t kElementsPerThread = 32768;  // as torch's own elementwise kernels
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_each));
+  if (count <= grain) body(0, count);
+  else torch::stable::parallel_for(0, count, grain, body);
+}
+
+}  // namespace pykern
