@@ -18,8 +18,6 @@ from pykern.ops._spec import OpSpec, Sample
 from pykern.testing import checks, timing
 from pykern.testing.inputs import as_tuple, differentiable, fresh, map_tensors, samples
 
-MODES = ("forward", "forward+backward")
-
 
 @dataclass
 class Record:
@@ -41,15 +39,22 @@ class Record:
 
 def contestants(spec: OpSpec, args: Sequence[Any], device: str) -> dict[str, Callable[..., Any]]:
     """What serves this call: our backends, the reference, and the peers that cover it."""
-    found: dict[str, Callable[..., Any]] = {}
-    for name in [*spec.backends, "reference"]:
-        served = name == "reference" or (not is_emulation(name, device) and spec.why_not(name, args) is None)
-        if served:
-            found[name] = _forced(spec, name)
+    found = {name: forced(spec, name) for name in served_by(spec, args, device)}
     for name, peer in spec.peers.items():
         if peer(*map_tensors(lambda t: t.detach(), args)) is not None:
             found[name] = peer
     return found
+
+
+def modes(args: Sequence[Any]) -> list[str]:
+    """What can be timed: the forward, and with the backward where an argument wants a gradient."""
+    return ["forward", "forward+backward"] if differentiable(args) else ["forward"]
+
+
+def served_by(spec: OpSpec, args: Sequence[Any], device: str) -> list[str]:
+    """Our backends that serve this call at speed, and the reference."""
+    fast = [name for name in spec.backends if not is_emulation(name, device) and spec.why_not(name, args) is None]
+    return [*fast, "reference"]
 
 
 def launch(fn: Callable[..., Any], args: Sequence[Any], mode: str) -> Callable[[], Any]:
@@ -153,7 +158,9 @@ def write(path: Path, command: str, device: str, records: Sequence[Record]) -> N
     path.write_text(json.dumps(body, indent=1) + "\n")
 
 
-def _forced(spec: OpSpec, name: str) -> Callable[..., Any]:
+def forced(spec: OpSpec, name: str) -> Callable[..., Any]:
+    """The op on one backend, as a function of its arguments."""
+
     def call(*args: Any) -> Any:
         with backend(name):
             return spec(*args)

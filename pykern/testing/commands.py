@@ -104,7 +104,7 @@ def bench(
         spec = pykern.catalogue()[name]
         for dtype in (getattr(torch, d) for d in dtypes):
             for sample in samples(spec, "bench", device, dtype):
-                for mode in engine.MODES:
+                for mode in engine.modes(sample.args):
                     table = Table(title=f"{name} · {sample.name} · {str(dtype)[6:]} · {mode}", title_justify="left")
                     for column in ("", "time", "× torch", "95 %", "× floor", "peak MiB", "host µs"):
                         table.add_column(column, justify="left" if not column else "right")
