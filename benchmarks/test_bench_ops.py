@@ -25,11 +25,12 @@ def _cases() -> Iterator[Any]:
         for dtype in (torch.float32, torch.bfloat16):
             with FakeTensorMode():  # only names are wanted: no memory, no time
                 found = [
-                    (s.name, bench.served_by(spec, s.args, DEVICE.type)) for s in samples(spec, "bench", "cpu", dtype)
+                    (s.name, [*bench.served_by(spec, s.args, DEVICE.type), *spec.peers], bench.modes(s.args))
+                    for s in samples(spec, "bench", "cpu", dtype)
                 ]
-            for index, (sample, backends) in enumerate(found):
-                for contestant in [*backends, *spec.peers]:
-                    for mode in bench.MODES:
+            for index, (sample, contestants, modes) in enumerate(found):
+                for contestant in contestants:
+                    for mode in modes:
                         group = f"{name} {sample} {str(dtype)[6:]} {mode}"
                         yield pytest.param(name, index, dtype, contestant, mode, group, id=f"{group} {contestant}")
 

@@ -47,8 +47,7 @@ class SelfAttention(nn.Module):
             is_causal=True,
             enable_gqa=self.heads[0] != self.heads[1],
             window=self.window,
-            # A piece appended to a cache sits at the end of the keys; without a cache the two alignments coincide.
-            align="top_left" if cache is None else "bottom_right",
+            align="bottom_right",  # what was appended to a cache is the end of its keys
         )
         return out.transpose(1, 2)
 
