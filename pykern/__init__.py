@@ -32,8 +32,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'pykern' has no attribute {name!r}")
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    # The stock interpreter is silently wrong on bf16: no result of it leaves pykern unrepaired.
+if os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("PYKERN_STOCK_INTERPRETER") != "1":
+    # The stock interpreter is silently wrong on bf16: no result of it leaves pykern unless that is asked for.
     from pykern.testing import interpreter
 
     interpreter.install()
