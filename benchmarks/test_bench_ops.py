@@ -49,5 +49,11 @@ def test_bench(
         if fn(*map_tensors(lambda t: t.detach(), args)) is None:
             pytest.skip(f"{contestant} does not cover this sample")
     benchmark.group = group
-    call = bench.launch(fn, args, mode)
+    launch = bench.launch(fn, args, mode)
+
+    def call() -> None:
+        launch()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
     benchmark.pedantic(call, setup=lambda: timing.flush_cache(DEVICE), rounds=ROUNDS, warmup_rounds=1)

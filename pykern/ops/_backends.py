@@ -22,7 +22,7 @@ class backend:
 
     `pykern.backend("triton")` holds until changed; `with pykern.backend("triton"):` until the block ends. Names are
     the backends that `pykern ops` lists, and "reference". A call that the backend cannot serve raises `BackendError`.
-    Global to the process. Enter it outside a compiled function: inside one it has no effect on the traced ops.
+    Global to the process.
     """
 
     def __init__(self, name: str | None) -> None:

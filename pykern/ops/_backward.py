@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor  # what is_grads_batched=True passes: a plain Tensor by type
+from torch.autograd import forward_ad
 
 from pykern.ops._op import OpSpec, is_plain, one_or_tuple
 
@@ -163,10 +165,11 @@ class Gradient:
             return (None,) * len(self.forward.arguments)
         args = (*incoming, *self._saved((*ctx.saved_tensors, *ctx.scalars)), mask)
         backend = ctx.backend if self.op.backends else None
-        if torch.is_grad_enabled():
-            # Somebody will differentiate again (create_graph=True): only the reference has every further derivative.
-            found = self.op.reference_gradients(args, create_graph=True)
-        elif is_plain(args):
+        again = torch.is_grad_enabled()
+        if again or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            # Somebody differentiates further (create_graph=True, forward over reverse): only the reference can.
+            found = self.op.reference_gradients(args, create_graph=again)
+        elif is_plain(args) and not any(g is not None and is_legacy_batchedtensor(g) for g in incoming):
             found = self.op.compute(args, backend)
         else:
             found = self.op.op(*args, backend=backend)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from pykern.ops import _backends
 from pykern.ops._backends import BackendError, is_emulation, resolved, unavailable
 
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
 _probing: int | None = None  # the thread in which `probe` is asking
 
@@ -98,9 +99,11 @@ class OpSpec:
         if _probing is not None and _probing == threading.get_ident():
             raise _Probed(self, args)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            args = self.autocast_args(args)
             if self.check is not None:
                 self.check(*args)
-            return self.reference(*args)
+            with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+                return self.reference(*args)
         if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or not is_plain(args):
             return self.op(*args, backend=_backends.forced)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -112,6 +115,25 @@ class OpSpec:
         self.function = function
         return function
 
+    def add_backend(
+        self, name: str, kernel: Callable[..., Any], supports: Callable[..., str | None] | None = None
+    ) -> None:
+        """Gives the op one more backend, after those it has; `supports` says why a call cannot be served, or None."""
+        if name in self.backends:
+            raise ValueError(f"{self.name} has a backend {name!r} already")
+        self.backends[name] = kernel
+        if supports is not None:
+            self.supports[name] = supports
+        self._candidates.clear()
+
+    def autocast_args(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments as declared for autocast, where it is enabled for their device."""
+        device_type = self._device_type(args)
+        if not self.autocast or not torch.is_autocast_enabled(device_type):
+            return args
+        policies = [self.autocast.get(a.name) for a in self.arguments]
+        return [_cast(v, p, device_type) for v, p in zip(args, policies, strict=False)]
+
     def run(self, *args: Any, backend: str | None = None) -> Any:
         if self.check is not None:
             self.check(*args)
@@ -121,6 +143,9 @@ class OpSpec:
         """`run` for arguments known to be right."""
         name, kernel = self.select(args, backend)
         self.served[name] = self.served.get(name, 0) + 1
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):  # the op was cast as declared, nothing inside it is
+                return kernel(*args)
         return kernel(*args)
 
     def select(self, args: Sequence[Any], backend: str | None = None) -> tuple[str, Callable[..., Any]]:
@@ -187,6 +212,16 @@ def probe(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, A
 def is_plain(args: Sequence[Any]) -> bool:
     """Whether nothing between the caller and the kernel wants to see the call: no subclass of Tensor, no mode."""
     return _PLAIN.issuperset(map(type, args)) and not torch._C._len_torch_dispatch_stack()
+
+
+def _cast(value: Any, policy: torch.dtype | str | None, device_type: str) -> Any:
+    if not isinstance(value, torch.Tensor) or policy is None or not value.is_floating_point():
+        return value
+    if policy == "lower":
+        policy = torch.get_autocast_dtype(device_type)
+    elif device_type == "cpu":
+        return value  # torch's CPU autocast leaves norms in the dtype they are given
+    return value if value.dtype == torch.float64 else value.to(policy)
 
 
 def one_or_tuple(values: list[Any]) -> Any:

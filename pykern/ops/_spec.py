@@ -8,11 +8,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from pykern.ops._backends import native, triton
 from pykern.ops._backward import BackwardSpec, Gradient, register_double_backward
-from pykern.ops._op import Explanation, OpSpec, Sample, probe
+from pykern.ops._op import AUTOCAST_KEYS, Explanation, OpSpec, Sample, probe
 
 __all__ = ["OpSpec", "Sample", "catalogue", "define", "define_backward", "explain", "native", "triton"]
 
-_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 _libraries: dict[str, torch.library.Library] = {}
 _specs: dict[str, OpSpec] = {}
 
@@ -122,28 +121,15 @@ def _register(spec: OpSpec) -> None:
         return spec.fake(*args)
 
     torch.library.register_fake(spec.name, fake, lib=library)
-    for device_type in ("cpu", "cuda") if spec.autocast else ():
-        library.impl(spec.basename, _autocast(spec, device_type), f"Autocast{device_type.upper()}")
+
+    def cast_and_call(*args: Any, backend: str | None = None) -> Any:
+        args = spec.autocast_args(args)
+        with torch._C._ExcludeDispatchKeyGuard(AUTOCAST_KEYS):
+            return spec.op(*args, backend=backend)
+
+    for key in ("AutocastCPU", "AutocastCUDA") if spec.autocast else ():
+        library.impl(spec.basename, cast_and_call, key)
     if spec.cost is not None:
         packet = getattr(getattr(torch.ops, spec.namespace), spec.basename)
         register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: int(spec.cost(*args)[0]))
     _specs[spec.name] = spec
-
-
-def _autocast(spec: OpSpec, device_type: str) -> Callable[..., Any]:
-    def cast(value: Any, policy: torch.dtype | str | None) -> Any:
-        if not isinstance(value, torch.Tensor) or policy is None or not value.is_floating_point():
-            return value
-        if policy == "lower":
-            policy = torch.get_autocast_dtype(device_type)
-        elif device_type == "cpu":
-            return value  # torch's CPU autocast leaves norms in the dtype they are given
-        return value if value.dtype == torch.float64 else value.to(policy)
-
-    policies = [spec.autocast.get(a.name) for a in spec.arguments]
-
-    def cast_and_call(*args: Any, backend: str | None = None) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-            return spec.op(*[cast(v, p) for v, p in zip(args, policies, strict=False)], backend=backend)
-
-    return cast_and_call

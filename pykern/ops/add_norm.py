@@ -138,6 +138,12 @@ _add_layer_norm_backward = define_backward(
     **kernels("add_layer_norm_backward", position=2),
 )
 
+
+def _torch_add_layer_norm(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return F.layer_norm(summed, x.shape[-1:], *rest), summed
+
+
 _add_layer_norm = define(
     "pykern::add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, *, str? backend=None)"
     " -> (Tensor y, Tensor summed, Tensor mean, Tensor rstd)",
@@ -150,12 +156,7 @@ _add_layer_norm = define(
     samples=_layer_norm_samples,
     bad=_layer_norm_bad,
     cost=lambda x, residual, weight, bias, eps: norm_cost(x, 4, weight, bias),
-    peers={
-        "torch": lambda x, residual, weight, bias, eps: (
-            F.layer_norm(x + residual, x.shape[-1:], weight, bias, eps),
-            x + residual,
-        )
-    },
+    peers={"torch": _torch_add_layer_norm},
     oracle=_layer_norm_oracle,
     **kernels("add_layer_norm"),
 )
@@ -218,6 +219,7 @@ def add_layer_norm(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    input, residual = _promote(input, residual)
     x, w, b = flatten_normalized(input, normalized_shape, weight, bias)
     y, summed, _, _ = _add_layer_norm(x, _like(residual, input, x), w, b, eps)
     return (y, summed) if x is input else (y.view(input.shape), summed.view(input.shape))
@@ -243,10 +245,19 @@ def add_rms_norm(
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    input, residual = _promote(input, residual)
     x, w = flatten_normalized(input, normalized_shape, weight)
     eps = default_eps(input, eps)
     y, summed, _ = _add_rms_norm(x, _like(residual, input, x), w, eps, weight_offset, round_before_weight)
     return (y, summed) if x is input else (y.view(input.shape), summed.view(input.shape))
+
+
+def _promote(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast the branch comes in 16 bits and the residual in 32; their sum is of the wider type, as torch's."""
+    if input.dtype != residual.dtype and torch.is_autocast_enabled(input.device.type):
+        wide = torch.promote_types(input.dtype, residual.dtype)
+        return input.to(wide), residual.to(wide)
+    return input, residual
 
 
 def _like(residual: Tensor, input: Tensor, flattened: Tensor) -> Tensor:

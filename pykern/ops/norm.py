@@ -120,6 +120,7 @@ def norm_inputs(kind: str, make: Any) -> Iterator[tuple[str, Tensor]]:
     yield "elements apart", make(40, 6).t()
     yield "large mean", make(4, 65) + 100
     yield "large and tiny", make(4, 64) * make.tensor([1e4, 1.0, 1e-4, 0.0]).unsqueeze(-1)
+    yield "NaN in a row", make(4, 6) + make.tensor([0.0, math.nan, 0.0, 0.0]).unsqueeze(-1)
     if kind == "full":
         yield "thousand rows", make(1023, 96)
         yield "long row", make(3, 70001)

@@ -27,6 +27,7 @@ ONCE = {
     "thread": checks.check_thread,
     "statistics": checks.check_statistics,
     "autocast": checks.check_autocast,
+    "second": checks.check_second,
 }
 
 

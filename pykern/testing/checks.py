@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,11 +45,16 @@ def oracle(spec: OpSpec, args: Sequence[Any], wide: torch.dtype) -> tuple[tuple[
     return tuple(o if i in spec.gradient.gradients_in else o.detach() for i, o in enumerate(outputs)), leaves
 
 
-def gradients(outputs: Sequence[Tensor], args: Sequence[Any], seed: int = 1) -> list[Tensor]:
-    """The gradients of the arguments that want one, for the same random incoming gradients whatever the dtype."""
+def gradients(
+    outputs: Sequence[Tensor], args: Sequence[Any], spread: bool = False, create_graph: bool = False
+) -> list[Tensor]:
+    """The gradients of the arguments that want one, for the same random incoming gradients whatever the dtype.
+
+    `spread` leaves gaps between the elements of the incoming gradients.
+    """
     wanted = [args[i] for i in differentiable(args)]
     pairs = []
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     for output in outputs:
         incoming = torch.randn(output.shape, generator=generator).to(output.device)
         if output.requires_grad:
@@ -57,8 +63,10 @@ def gradients(outputs: Sequence[Tensor], args: Sequence[Any], seed: int = 1) -> 
         return []
     # Rounded to bf16, so that the incoming gradient has one value in every dtype.
     incoming = [g.bfloat16().to(o.dtype) for o, g in pairs]
+    incoming = scattered(incoming) if spread else incoming
     kept = [g.clone() for g in incoming]
-    found = torch.autograd.grad([o for o, _ in pairs], wanted, incoming, allow_unused=True)
+    live = [o for o, _ in pairs]
+    found = torch.autograd.grad(live, wanted, incoming, create_graph=create_graph, allow_unused=True)
     assert all(same_bits(g, k) for g, k in zip(incoming, kept, strict=True)), "an incoming gradient was overwritten"
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
 
@@ -69,8 +77,7 @@ def check_accuracy(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
         ours = fresh(args)
         outputs = call(spec, name, ours)
         found = gradients(outputs, ours)
-    for output in outputs:
-        assert output.is_contiguous(), "an output is not contiguous"
+    check_fake(spec, args, outputs)
     exact, exact_args = oracle(spec, args, torch.float64)
     single, single_args = oracle(spec, args, torch.float32)
     peer: tuple[Any, ...] = ()
@@ -79,7 +86,7 @@ def check_accuracy(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
         result = spec.peers["torch"](*peer_args)
         peer = () if result is None else as_tuple(result)
     for i, (output, label) in enumerate(zip(outputs, spec.outputs, strict=True)):
-        if i in spec.gradient.statistics:
+        if i in spec.gradient.statistics and output.is_floating_point():
             continue  # judged by the gradients that are computed from it
         theirs = [single[i].detach(), *(p.detach() for p in peer[i : i + 1])]
         check_close(label, output.detach(), exact[i].detach(), theirs, spec.tolerance)
@@ -93,6 +100,16 @@ def check_accuracy(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     for i, (label, gradient) in enumerate(zip(labels, found, strict=False)):
         theirs = [of_single[i], *of_peer[i : i + 1]]
         check_close(label, gradient, expected[i], theirs, spec.tolerance)
+
+
+def check_fake(spec: OpSpec, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+    """The outputs are what the fake promises, and contiguous."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        promised = as_tuple(spec.fake(*map_tensors(lambda t: mode.from_tensor(t.detach()), args)))
+    for label, output, fake in zip(spec.outputs, outputs, promised, strict=True):
+        assert output.dtype == fake.dtype, f"{label}: {output.dtype}, the fake promises {fake.dtype}"
+        assert output.shape == fake.shape, f"{label}: {tuple(output.shape)}, the fake promises {tuple(fake.shape)}"
+        assert output.is_contiguous(), f"{label} is not contiguous"
 
 
 def check_repeat(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
@@ -116,7 +133,7 @@ def check_strides(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     packed = map_tensors(lambda t: t.detach().contiguous().requires_grad_(t.requires_grad), args)
     spread = scattered(args)
     a, b = call(spec, name, packed), call(spec, name, spread)
-    results = (*a, *gradients(a, packed)), (*b, *gradients(b, spread))
+    results = (*a, *gradients(a, packed)), (*b, *gradients(b, spread, spread=True))
     for one, other in zip(*results, strict=True):
         assert same_bits(one, other), "strided arguments change the result"
         assert one.stride() == other.stride(), "strided arguments change the strides of the result"
@@ -152,10 +169,10 @@ def check_opcheck(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
         return
     keyword = {"backend": name if name in binding.op.backends or name == "reference" else None}
     torch.library.opcheck(binding.op.op, (*incoming, *saved, mask), keyword)
-    found = as_tuple(binding.op.op(*incoming, *saved, mask, **keyword))
-    assert [g is not None for g in found] == mask, "the backward op returns what the mask does not ask for, or less"
-    nothing = as_tuple(binding.op.op(*incoming, *saved, [False] * len(mask), **keyword))
-    assert all(g is None for g in nothing), "the backward op returns gradients that nobody asked for"
+    single = [[i == j for j in range(len(mask))] for i in range(len(mask)) if mask[i]]
+    for chosen in (mask, [False] * len(mask), *single):
+        found = as_tuple(binding.op.op(*incoming, *saved, chosen, **keyword))
+        assert [g is not None for g in found] == chosen, f"for the mask {chosen} the backward op returns others"
 
 
 def check_compile(spec: OpSpec, name: str, many: Sequence[Sequence[Any]]) -> None:
@@ -169,7 +186,12 @@ def check_compile(spec: OpSpec, name: str, many: Sequence[Sequence[Any]]) -> Non
             got = as_tuple(compiled(*one))
             assert set(spec.served) == {name}, f"compiled code ran {set(spec.served)} instead of {name}"
             expected = as_tuple(spec(*other))
-        got_gradients, expected_gradients = gradients(got, one), gradients(expected, other)
+        backward = spec.gradient.op
+        backward.served.clear()
+        got_gradients = gradients(got, one)
+        if name in backward.backends:
+            assert set(backward.served) <= {name}, f"the compiled backward ran {set(backward.served)}, not {name}"
+        expected_gradients = gradients(expected, other)
         for a, b in zip((*got, *got_gradients), (*expected, *expected_gradients), strict=True):
             assert same_bits(a, b), "compiled and eager differ"
     torch._dynamo.reset()
@@ -178,18 +200,16 @@ def check_compile(spec: OpSpec, name: str, many: Sequence[Sequence[Any]]) -> Non
 def check_thread(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     """The backward inherits the forward's backend, also where another thread runs it after the force is lifted."""
     backward = spec.gradient.op
-    if name not in backward.backends and name != "reference":
+    if name not in backward.backends:
         return
     ours = fresh(args)
     outputs = [o for o in call(spec, name, ours) if o.requires_grad]
     if not outputs:
         return
     backward.served.clear()
-    worker = threading.Thread(target=lambda: torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs]))
-    worker.start()
-    worker.join()
-    if backward.backends:
-        assert set(backward.served) == {name}, f"the backward ran on {set(backward.served)} instead of {name}"
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.autograd.backward, outputs, [torch.ones_like(o) for o in outputs]).result()
+    assert set(backward.served) == {name}, f"the backward ran on {set(backward.served)} instead of {name}"
 
 
 def check_statistics(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
@@ -226,8 +246,41 @@ def check_autocast(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     if peer is not None:
         for ours_out, theirs in zip(outputs, as_tuple(peer), strict=False):
             assert ours_out.dtype == theirs.dtype, f"autocast gives {ours_out.dtype}, torch gives {theirs.dtype}"
+    exact = as_tuple(spec.reference(*fresh(args, torch.float64)))
+    for label, output, right in zip(spec.outputs, outputs, exact, strict=True):
+        if output.is_floating_point():
+            right = right.detach().where(right.isfinite(), 0.0)
+            error = (output.detach().double().where(output.isfinite(), 0.0) - right).norm()
+            assert error <= 0.05 * right.norm(), f"{label} under autocast is off by {error / right.norm():.3g}"
     for i, gradient in zip(differentiable(ours), gradients(outputs, ours), strict=False):
         assert gradient.dtype == ours[i].dtype and gradient.isfinite().all(), "a gradient under autocast is wrong"
+
+
+def check_second(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
+    """The second derivative of a call that a kernel served, by the tolerance rule; batched gradients equal a loop."""
+    results = []
+    ours = fresh(args)
+    triples = ((call(spec, name, ours), ours), oracle(spec, args, torch.float64), oracle(spec, args, torch.float32))
+    for outputs, leaves in triples:
+        first = gradients(outputs, leaves, create_graph=True)
+        live = [
+            (g, torch.sin(torch.arange(g.numel(), device=g.device)).view(g.shape)) for g in first if g.requires_grad
+        ]
+        total = sum(((g * weights.to(g.dtype)).sum() for g, weights in live), torch.zeros(()))
+        wanted = [leaves[i] for i in differentiable(leaves)]
+        found = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+        results.append([torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)])
+    for i, (mine, exact, single) in zip(differentiable(args), zip(*results, strict=True), strict=True):
+        check_close(f"second derivative by {spec.arguments[i].name}", mine, exact, [single], spec.tolerance)
+    output = next((o for o in call(spec, name, ours) if o.requires_grad), None)
+    if output is not None:
+        wanted = [ours[i] for i in differentiable(ours)]
+        rows = torch.stack([torch.ones_like(output), torch.linspace(-1, 1, output.numel()).to(output).view_as(output)])
+        batched = torch.autograd.grad(output, wanted, rows, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        for row in range(2):
+            alone = torch.autograd.grad(output, wanted, rows[row], retain_graph=True, allow_unused=True)
+            for together, one in zip(batched, alone, strict=True):
+                assert one is None or (together[row] - one).norm() <= 1e-6 * one.norm(), "batched gradients differ"
 
 
 def check_derivatives(spec: OpSpec, args: Sequence[Any]) -> None:
@@ -280,6 +333,7 @@ def check_transforms(spec: OpSpec, args: Sequence[Any]) -> None:
 
 def check_bad_input(spec: OpSpec, args: Sequence[Any], error: type[Exception], pattern: str) -> None:
     """A call that must be refused is, with a message that names the argument; by fake tensors too."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it reports refusals as faults
     fake_mode = FakeTensorMode()
     for mode, given in ((contextlib.nullcontext(), args), (fake_mode, map_tensors(fake_mode.from_tensor, args))):
         try:
@@ -308,5 +362,5 @@ def _floating(spec: OpSpec, args: Sequence[Any]) -> list[bool]:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = a.detach().contiguous(), b.detach().contiguous()
+    a, b = (t.detach().clone(memory_format=torch.contiguous_format) for t in (a, b))
     return a.numel() == 0 or torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))

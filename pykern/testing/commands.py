@@ -144,7 +144,10 @@ def resolve(targets: Sequence[str]) -> list[str]:
         if target.endswith(".py"):
             before = set(forward_ops())
             _import_file(Path(target))
-            names += [n for n in forward_ops() if n not in before]
+            added = [n for n in forward_ops() if n not in before]
+            if not added:
+                sys.exit(f"error: op: {target} declares no op")
+            names += added
         elif target in forward_ops():
             names.append(target)
         else:

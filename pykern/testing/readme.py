@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pykern.testing.commands import backend_table
+from pykern.testing.commands import backend_table, forward_ops
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +22,7 @@ def speed_table(path: Path) -> str:
         key = (record["op"], record["sample"], record["dtype"], record["mode"])
         groups.setdefault(key, {})[record["contestant"]] = record
     for (op, sample, dtype, mode), group in groups.items():
-        ours = next(r for name, r in group.items() if name not in ("reference", "torch"))
+        ours = next(group[name] for name in forward_ops()[op].backends if name in group)
         speed = f"{ours['speedup']:.2f} ({ours['low']:.2f}–{ours['high']:.2f})"
         host = f"{ours['host_seconds'] * 1e6:.0f} ({group['torch']['host_seconds'] * 1e6:.0f})"
         lines.append(f"| `{op}` | {sample} | {dtype} | {mode} | {speed} | {ours['over_floor']:.2f} | {host} |")
