@@ -231,3 +231,55 @@ def test_an_op_in_a_file_outside_the_package_gets_its_tests(tmp_path: Path) -> N
         assert result.returncode == code, result.stdout + result.stderr
         assert "mypkg::triple" in result.stdout and "accuracy" in result.stdout
     assert "relative error" in result.stdout
+
+
+def test_a_backend_added_later_is_chosen(x: torch.Tensor) -> None:
+    spec = define(
+        "spec_test::later(Tensor x, *, str? backend=None) -> (Tensor y)",
+        reference=lambda x: x + 1,
+        fake=lambda x: x.new_empty(x.shape),
+    )
+    spec(x)
+    spec.add_backend("mine", lambda x: x.contiguous() + 1, lambda x: "no vectors" if x.dim() == 1 else None)
+    spec(x)
+    spec(x[0])
+    assert spec.served == {"reference": 2, "mine": 1}
+    with pytest.raises(ValueError, match="spec_test::later has a backend 'mine' already"):
+        spec.add_backend("mine", lambda x: x)
+
+
+def test_residual_of_another_width_under_autocast() -> None:
+    linear, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed, summed = ops.add_rms_norm(linear(x), x, (8,), torch.ones(8))
+        branch = linear(x)
+    assert branch.dtype == torch.bfloat16 and summed.dtype == torch.float32
+    assert torch.equal(summed, branch + x) and torch.equal(normed, ops.rms_norm(summed, (8,), torch.ones(8)))
+    with pytest.raises(TypeError, match="residual: expected dtype torch.bfloat16, got torch.float32"):
+        ops.add_rms_norm(branch, x, (8,))
+
+
+def test_autocast_holds_inside_func_transforms() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    seen = []
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        out = ops.attention(q, query, query)
+        seen.append(out.dtype)
+        return out.float().sum()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.func.grad(loss)(query)
+        loss(query)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_tangents_pass_through_a_backward() -> None:
+    x, dy = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    y = ops.layer_norm(x, (8,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dy, dy.cos())
+        gradient = torch.autograd.grad(y, x, dual, retain_graph=True)[0]
+        tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+    expected = torch.autograd.grad(y, x, dy.cos())[0]  # the gradient is linear in dy
+    assert (tangent - expected).norm() <= 1e-6 * expected.norm()
