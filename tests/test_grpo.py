@@ -477,6 +477,16 @@ def test_every_problem_comes_once_an_epoch(config: GRPOConfig) -> None:
     assert seen[:count] != seen[count : 2 * count]
 
 
+def test_the_learning_rate_warms_up_and_falls(config: GRPOConfig) -> None:
+    settings = replace(config, steps=8, warmup_steps=2, learning_rate=3e-3, min_learning_rate=1e-3)
+    falling = trainer(settings)
+    rates = [falling.update()["lr"] for _ in range(8)]
+    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
+    assert rates[2:] == sorted(rates[2:], reverse=True) and 1e-3 < rates[-1] < 1.3e-3
+    constant = trainer(replace(settings, warmup_steps=0, min_learning_rate=None))
+    assert [constant.update()["lr"] for _ in range(3)] == [3e-3] * 3
+
+
 def test_a_reward_of_none_is_no_reward(config: GRPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REWARDS, "exact_match", lambda prompt, completion, answer: None)
     figures = trainer(config).update()
@@ -511,6 +521,7 @@ def test_what_the_user_can_put_right_is_said_in_a_line(config: GRPOConfig, chang
         {"eps_low": 1.0},
         {"delta": 1.1},
         {"kl_coefficient": -1.0},
+        {"min_learning_rate": 1.0},
         {"threads": 0},
     ],
 )

@@ -31,6 +31,7 @@ from pykern.train.pretrain import choose_device
 from pykern.train.rewards import REWARDS, exact_match
 from pykern.train.rollout import Rollout, sample_rollouts
 from pykern.train.run import CONFIG, Run
+from pykern.train.schedule import warmup_cosine
 from pykern.train.tasks import Problem, Task, load_task
 from pykern.train.tokenizer import BPETokenizer, CharTokenizer
 
@@ -159,7 +160,13 @@ class Trainer:
         """One batch of completions and the optimiser steps on it; returns what is logged of it."""
         config, start = self.config, time.perf_counter()
         self.step += 1
-        lr = config.learning_rate * min(1.0, self.step / (config.warmup_steps + 1))
+        lr = warmup_cosine(
+            self.step,
+            peak=config.learning_rate,
+            floor=config.learning_rate if config.min_learning_rate is None else config.min_learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.steps,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         problems = self._problems()

@@ -34,6 +34,8 @@ class GRPOConfig:
     temperature: float = 1.0
     """Of the sampler, and of the policy in the loss."""
     learning_rate: float = 2e-4
+    min_learning_rate: float | None = None
+    """Where half a cosine takes the learning rate by the last step. None: it stays."""
     warmup_steps: int = 0
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -79,5 +81,7 @@ class GRPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}, expected a finite number above 0")
+        if self.min_learning_rate is not None and not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(f"min_learning_rate is {self.min_learning_rate}, expected 0 to {self.learning_rate}")
         if self.delta is not None and self.delta < 1 + self.eps_high:
             raise ValueError(f"delta is {self.delta}, expected at least 1 + eps_high = {1 + self.eps_high}")

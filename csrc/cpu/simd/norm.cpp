@@ -156,21 +156,34 @@ void widen_all(const void* in, float offset, float* out, int64_t n) {
   each(n, [&](int64_t i, int count) PYKERN_LAMBDA { store(out + i, load(from + i, count) + offset, count); });
 }
 
+// Adds up with the rounding error of each step carried along (Kahan): a plain sum of hundreds of chunks would lose to
+// torch's. The build allows no contraction and no reassociation, so the compiler keeps it.
+struct Total {
+  Vec sum = {}, lost = {};
+
+  PYKERN_INLINE void add(Vec value) {
+    const Vec corrected = value - lost;
+    const Vec next = sum + corrected;
+    lost = (next - sum) - corrected;
+    sum = next;
+  }
+};
+
 template <class T>
 void reduce(const float* partial, int64_t count, int64_t stride, void* out, int64_t begin, int64_t end) {
   constexpr int kWide = 8;  // columns a page apart are dear, so a visit takes several vectors
   T* const to = static_cast<T*>(out);
   int64_t i = begin;
   for (; i + kWide * kLanes <= end; i += kWide * kLanes) {
-    Vec sums[kWide] = {};
+    Total totals[kWide];
     for (int64_t j = 0; j < count; ++j)
-      for (int k = 0; k < kWide; ++k) sums[k] += load(partial + j * stride + i + k * kLanes);
-    for (int k = 0; k < kWide; ++k) store(to + i + k * kLanes, sums[k]);
+      for (int k = 0; k < kWide; ++k) totals[k].add(load(partial + j * stride + i + k * kLanes));
+    for (int k = 0; k < kWide; ++k) store(to + i + k * kLanes, totals[k].sum);
   }
   each(end - i, [&](int64_t rest, int lanes) PYKERN_LAMBDA {
-    Vec total = {};
-    for (int64_t j = 0; j < count; ++j) total += load(partial + j * stride + i + rest, lanes);
-    store(to + i + rest, total, lanes);
+    Total total;
+    for (int64_t j = 0; j < count; ++j) total.add(load(partial + j * stride + i + rest, lanes));
+    store(to + i + rest, total.sum, lanes);
   });
 }
 
