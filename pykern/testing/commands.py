@@ -116,9 +116,9 @@ def bench(
                         records.append(record)
                         table.add_row(*_row(record))
                     console.print(table)
+        if out is not None:  # after each op: what is measured stays, should the rest be interrupted
+            engine.write(out, " ".join(["pykern", *sys.argv[1:]]), device, records)
     console.print(" · ".join(f"{k} {v}" for k, v in engine.machine(device).items()), highlight=False)
-    if out is not None:
-        engine.write(out, " ".join(["pykern", *sys.argv[1:]]), device, records)
     return code
 
 
