@@ -142,20 +142,9 @@ def floor_seconds(
     if mode != "forward":
         if backward.cost is None:
             return None
-        costs.append(backward.cost(*backward_args(spec, args)))
+        costs.append(backward.cost(*checks.backward_args(spec, None, args)))
     flops, nbytes = (sum(c[i] for c in costs) for i in range(2))
     return max(nbytes / timing.copy_bandwidth(nbytes, device), flops / timing.matmul_rate(dtype, device))
-
-
-def backward_args(spec: OpSpec, args: Sequence[Any]) -> list[Any]:
-    """The arguments that the backward op gets for a call whose outputs all receive a gradient."""
-    binding = spec.gradient
-    ours = map_tensors(lambda t: t.detach(), args)
-    outputs = as_tuple(spec(*ours))
-    incoming = [torch.ones_like(outputs[i]) if outputs[i].is_floating_point() else None for i in binding.gradients_in]
-    saved = [(outputs if out else ours)[i] for _, out, i in binding.saved]
-    wanted = set(differentiable(args))
-    return [*incoming, *saved, [any(i in wanted for i in indices) for indices in binding.targets]]
 
 
 def machine(device: str) -> dict[str, str]:

@@ -155,23 +155,30 @@ def check_frozen(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     assert not any(o.requires_grad for o in call(spec, name, frozen)), "an output of frozen arguments wants a gradient"
 
 
-def check_opcheck(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
-    """torch's own checks: schema, autograd registration, fake tensors, AOT dispatch; for the backward op too."""
-    torch.library.opcheck(spec.op, tuple(fresh(args)), {"backend": name})
+def backward_args(spec: OpSpec, name: str | None, args: Sequence[Any]) -> list[Any]:
+    """The arguments that the backward op gets for a call whose floating outputs all receive a gradient."""
     binding = spec.gradient
     ours = map_tensors(lambda t: t.detach(), args)
     outputs = call(spec, name, ours)
     incoming = [torch.ones_like(outputs[i]) if outputs[i].is_floating_point() else None for i in binding.gradients_in]
     saved = [(outputs if out else ours)[i] for _, out, i in binding.saved]
     wanted = set(differentiable(args))
-    mask = [any(i in wanted for i in indices) for indices in binding.targets]
+    return [*incoming, *saved, [any(i in wanted for i in indices) for indices in binding.targets]]
+
+
+def check_opcheck(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
+    """torch's own checks: schema, autograd registration, fake tensors, AOT dispatch; for the backward op too."""
+    torch.library.opcheck(spec.op, tuple(fresh(args)), {"backend": name})
+    binding = spec.gradient
+    *values, mask = backward_args(spec, name, args)
+    incoming = values[: len(binding.gradients_in)]
     if not any(g is not None for g in incoming) or not any(mask):
         return
     keyword = {"backend": name if name in binding.op.backends or name == "reference" else None}
-    torch.library.opcheck(binding.op.op, (*incoming, *saved, mask), keyword)
+    torch.library.opcheck(binding.op.op, (*values, mask), keyword)
     single = [[i == j for j in range(len(mask))] for i in range(len(mask)) if mask[i]]
     for chosen in (mask, [False] * len(mask), *single):
-        found = as_tuple(binding.op.op(*incoming, *saved, chosen, **keyword))
+        found = as_tuple(binding.op.op(*values, chosen, **keyword))
         assert [g is not None for g in found] == chosen, f"for the mask {chosen} the backward op returns others"
 
 
