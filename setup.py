@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -28,45 +29,25 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 BUILD = Path("build/native")  # relative to ROOT, as is every source: no path of this machine ends up in a library
 LIBRARY = "libpykern_native.so"
+EMULATOR = "libpykern_emulator.so"  # CUDA on a CPU
+EMULATED = "libpykern_emulated.so"  # pykern's CUDA kernels, on that
 
-# libtorch's stable ABI as of 2.11: the library loads in that version and every later one.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-# A product that is fused into one difference but not into its twin leaves a residue where there should be zero.
-CXX_FLAGS += ["-ffp-contract=off"]
-# Vectors are only passed to inlined functions, and GCC 12's own AVX512 headers use uninitialised values on purpose.
-CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
+
+def _toolchain():
+    # By its path: importing the package needs torch.
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "pykern/toolchain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolchain = _toolchain()
+
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
-DEFAULT_CUDA_ARCHS = "80;90a"
-
-
-def find_program(variable: str, *candidates: str) -> list[str] | None:
-    """The command that the environment variable names, else the first candidate that exists."""
-    for candidate in [os.environ[variable]] if os.environ.get(variable) else candidates:
-        command = shlex.split(candidate)
-        if shutil.which(command[0]):
-            return command
-    return None
-
-
-def version_of(command: list[str]) -> str:
-    """The line of `command --version` that names the version."""
-    try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    lines = answer.splitlines() or ["unknown"]
-    return next((line for line in lines if "release" in line), lines[0]).strip()
-
-
-def cuda_arch_flags(archs: list[str]) -> list[str]:
-    first = archs[0].rstrip("af")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return [*flags, f"-gencode=arch=compute_{first},code=compute_{first}"]
 
 
 def escape(text: str | Path) -> str:
@@ -78,6 +59,9 @@ def command_line(words: list[str]) -> str:
     return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
 
 
+APART = ("introspect", "emulator", "emulated")  # groups that are not part of the native library
+
+
 class Plan:
     """The build.ninja of one build: object files in groups, each of which succeeds or fails as a whole."""
 
@@ -85,7 +69,7 @@ class Plan:
         self.ninja = ninja
         self.rules: dict[str, str] = {}
         self.groups: dict[str, dict[Path, tuple[str, Path]]] = {}
-        self.links: dict[Path, tuple[str, list[Path]]] = {}
+        self.links: dict[Path, tuple[str, list[Path], list[Path]]] = {}
 
     def compile(self, group: str, sources: list[Path], compiler: list[str], flags: list[str]) -> None:
         # g++ and nvcc both write a depfile as g++ does; -MMD leaves the system's own headers out.
@@ -93,10 +77,13 @@ class Plan:
         objects = {BUILD / group / f"{source.stem}.o": (group, source) for source in sources}
         self.groups[group] = objects
 
-    def link(self, output: Path, groups: list[str], linker: list[str], flags: list[str]) -> None:
+    def link(
+        self, output: Path, groups: list[str], linker: list[str], flags: list[str], after: Sequence[Path] = ()
+    ) -> None:
+        """`after` are libraries that the flags name and that have to be there first."""
         rule = f"link_{output.stem.partition('.')[0]}"
         self.rules[rule] = command_line(linker) + " -shared $in -o $out " + command_line(flags)
-        self.links[output] = (rule, [obj for group in groups for obj in self.groups[group]])
+        self.links[output] = (rule, [obj for group in groups for obj in self.groups[group]], list(after))
 
     def write(self) -> None:
         lines = []
@@ -106,8 +93,9 @@ class Plan:
         for group, objects in self.groups.items():
             lines += [f"build {escape(obj)}: {rule} {escape(source)}" for obj, (rule, source) in objects.items()]
             lines += [f"build {group}: phony {' '.join(map(escape, objects))}"]
-        for output, (rule, objects) in self.links.items():
-            lines += [f"build {escape(output)}: {rule} {' '.join(map(escape, objects))}"]
+        for output, (rule, objects, after) in self.links.items():
+            first = f" | {' '.join(map(escape, after))}" if after else ""
+            lines += [f"build {escape(output)}: {rule} {' '.join(map(escape, objects))}{first}"]
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
         (ROOT / BUILD / "build.ninja").write_text(f"builddir = {BUILD}\n" + "\n".join(lines) + "\n")
 
@@ -123,7 +111,14 @@ class NativeBuild(build_ext):
         self.problems: list[str] = []
         self.outputs: list[Path] = []
         mode = os.environ.get("PYKERN_BUILD") or "auto"
-        report = {"requested": mode, "library": None, "isa": [], "cuda_archs": [], "introspect": False}
+        report = {
+            "requested": mode,
+            "library": None,
+            "isa": [],
+            "cuda_archs": [],
+            "emulator": False,
+            "introspect": False,
+        }
         if mode not in ("auto", "cpu", "cuda", "none"):
             raise SystemExit(f"PYKERN_BUILD is {mode!r}; it must be cpu, cuda or none")
         if mode == "none":
@@ -134,6 +129,8 @@ class NativeBuild(build_ext):
 
         target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
         self.place(report["library"] and BUILD / LIBRARY, target / "pykern/lib" / LIBRARY)
+        for library in (EMULATOR, EMULATED):
+            self.place(report["emulator"] and BUILD / library, target / "pykern/lib" / library)
         name = "_introspect" + sysconfig.get_config_var("EXT_SUFFIX")
         self.place(report["introspect"] and BUILD / name, target / "pykern" / name)
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
@@ -158,17 +155,20 @@ class NativeBuild(build_ext):
         os.replace(fresh, target)  # a process that runs from the old library keeps it
 
     def build(self, mode: str, report: dict) -> None:
-        compiler = find_program("CXX", "g++", "c++", "clang++")
+        compiler = toolchain.find_cxx()
         has_ninja = importlib.util.find_spec("ninja")
-        ninja = [sys.executable, "-m", "ninja"] if has_ninja else find_program("NINJA", "ninja", "ninja-build")
+        ninja = (
+            [sys.executable, "-m", "ninja"] if has_ninja else toolchain.find_program("NINJA", "ninja", "ninja-build")
+        )
         if not compiler:
             return self.problem("no C++ compiler was found (g++, or what CXX names): Triton and references only")
         if not ninja:
             return self.problem("ninja was not found: Triton and references only")
-        report["compiler"] = version_of(compiler)
+        report["compiler"] = toolchain.version_of(compiler)
         plan = Plan(ninja)
         introspect = self.plan_introspect(plan, compiler)
         library = self.plan_library(plan, compiler, mode, report)
+        emulator = library and self.plan_emulator(plan, compiler, mode)
         plan.write()
         everything_built = plan.run()
 
@@ -176,10 +176,14 @@ class NativeBuild(build_ext):
             report["introspect"] = everything_built or plan.run(introspect)
             if not report["introspect"]:
                 self.problem("compiling csrc/introspect.cpp failed: pykern doctor knows less")
+        if emulator:
+            report["emulator"] = everything_built or plan.run(BUILD / EMULATOR, BUILD / EMULATED)
+            if not report["emulator"]:
+                self.problem("compiling the emulator failed: CUDA kernels do not run on CPU tensors")
         if library and not everything_built:
             library = self.best_library(plan)
         if library:
-            built = [group for group in plan.groups if group != "introspect"]
+            built = [group for group in plan.groups if group not in APART]
             report["library"] = "cuda" if "cuda" in built else "cpu"
             report["isa"] = [group for group in built if group in ISA_FLAGS]
         if report["library"] != "cuda":
@@ -187,15 +191,15 @@ class NativeBuild(build_ext):
 
     def best_library(self, plan: Plan) -> bool:
         """Links the groups that do compile, if they make a library."""
-        for group in [group for group in plan.groups if group != "introspect" and not plan.run(group)]:
+        for group in [group for group in plan.groups if group not in APART and not plan.run(group)]:
             del plan.groups[group]
             self.problem(f"compiling {group} failed: left out")
         if "host" not in plan.groups or not any(group in ISA_FLAGS for group in plan.groups):
             self.problem("no CPU kernel could be compiled: Triton and references only")
             return False
-        rule, objects = plan.links[BUILD / LIBRARY]
+        rule, objects, after = plan.links[BUILD / LIBRARY]
         compiled = {obj for group in plan.groups.values() for obj in group}
-        plan.links[BUILD / LIBRARY] = rule, [obj for obj in objects if obj in compiled]
+        plan.links[BUILD / LIBRARY] = rule, [obj for obj in objects if obj in compiled], after
         plan.write()
         if plan.run(BUILD / LIBRARY):
             return True
@@ -210,7 +214,7 @@ class NativeBuild(build_ext):
 
         output = BUILD / ("_introspect" + sysconfig.get_config_var("EXT_SUFFIX"))
         includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-        plan.compile("introspect", [Path("csrc/introspect.cpp")], compiler, [*CXX_FLAGS, *includes])
+        plan.compile("introspect", [Path("csrc/introspect.cpp")], compiler, [*toolchain.CXX_FLAGS, *includes])
         plan.link(output, ["introspect"], compiler, [])
         return output
 
@@ -223,27 +227,53 @@ class NativeBuild(build_ext):
             return False
         report["torch"] = importlib.metadata.version("torch")
         torch_folder = Path(torch.submodule_search_locations[0])
-        # A system folder, so that torch's headers are not reported on, and not listed in every depfile.
-        includes = ["-Icsrc/include", "-isystem", str(torch_folder / "include")]
+        self.torch_flags = toolchain.torch_flags(torch_folder)
+        self.torch_link = toolchain.torch_link_flags(torch_folder)
+        namespace = ["-DPYKERN_NAMESPACE=pykern_native"]
         host = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
-        plan.compile("host", host, compiler, [*CXX_FLAGS, *STABLE_ABI, *includes])
+        plan.compile("host", host, compiler, [*toolchain.CXX_FLAGS, *self.torch_flags, *namespace])
         isas = ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
         for isa, flags in isas.items():
-            plan.compile(
-                isa, sorted(Path("csrc/cpu/simd").glob("*.cpp")), compiler, [*CXX_FLAGS, *flags, f"-DISA={isa}"]
-            )
+            sources = sorted(Path("csrc/cpu/simd").glob("*.cpp"))
+            plan.compile(isa, sources, compiler, [*toolchain.CXX_FLAGS, *flags, f"-DISA={isa}"])
         linker, groups = compiler, ["host", *isas]
         nvcc, archs = self.plan_cuda(mode)
         if nvcc:
-            nvcc = [*nvcc, f"-ccbin={compiler[-1]}", "-cudart=static"]
-            flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *cuda_arch_flags(archs)]
-            flags += [*STABLE_ABI, "-DUSE_CUDA", *includes]
-            plan.compile("cuda", sorted(Path("csrc/cuda").glob("*.cu")), nvcc, flags)
-            linker, groups = nvcc, [*groups, "cuda"]
-            report["nvcc"], report["cuda_archs"] = version_of(nvcc), archs
-        # libtorch.so names the libraries that hold the symbols, which differ between builds of torch.
-        passed_on = ["-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch"]
-        plan.link(BUILD / LIBRARY, groups, linker, ["-Xlinker=--no-as-needed", *passed_on[1:]] if nvcc else passed_on)
+            nvcc = [*nvcc, f"-ccbin={compiler[-1]}"]
+            flags = [*toolchain.NVCC_FLAGS, *toolchain.cuda_arch_flags(archs), *self.torch_flags, *namespace]
+            plan.compile("cuda", sorted([*Path("csrc").glob("*.cu"), *Path("csrc/cuda").glob("*.cu")]), nvcc, flags)
+            linker, groups = [*nvcc, "-cudart=static"], [*groups, "cuda"]
+            report["nvcc"], report["cuda_archs"] = toolchain.version_of(nvcc), archs
+        whole = "-Xlinker=--no-as-needed" if nvcc else "-Wl,--no-as-needed"
+        plan.link(BUILD / LIBRARY, groups, linker, [whole, *self.torch_link])
+        return True
+
+    def plan_emulator(self, plan: Plan, compiler: list[str], mode: str) -> bool:
+        """CUDA kernels on CPU tensors: the emulator, and the kernels compiled for it."""
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        if mode == "cpu" or not sources:
+            return False
+        headers = toolchain.cuda_include()
+        if not headers:
+            self.problem("CUDA's headers were not found (CUDA_HOME): CUDA kernels do not run on CPU tensors")
+            return False
+        if platform.machine() not in ("x86_64", "AMD64"):
+            self.problem(f"the emulator is not written for {platform.machine()}: no CUDA kernels on CPU tensors")
+            return False
+        cuda = ["-isystem", str(headers)]
+        runtime = [flag for flag in toolchain.CXX_FLAGS if flag != "-fvisibility=hidden"]
+        plan.compile("emulator", sorted(Path("csrc/emulator").glob("*.cpp")), compiler, [*runtime, *cuda])
+        plan.link(BUILD / EMULATOR, ["emulator"], compiler, ["-ldl", f"-Wl,-soname,{EMULATOR}"])
+        flags = [*toolchain.EMULATED_FLAGS, *self.torch_flags, *cuda, "-DPYKERN_NAMESPACE=pykern_native_emulated"]
+        plan.compile("emulated", [Path("csrc/library.cpp"), *sources], compiler, flags)
+        beside = [f"-L{BUILD}", "-lpykern_emulator", "-Wl,-rpath,$ORIGIN"]
+        plan.link(
+            BUILD / EMULATED,
+            ["emulated"],
+            compiler,
+            ["-Wl,--no-as-needed", *self.torch_link, *beside],
+            [BUILD / EMULATOR],
+        )
         return True
 
     def plan_cuda(self, mode: str) -> tuple[list[str] | None, list[str]]:
@@ -252,8 +282,7 @@ class NativeBuild(build_ext):
             if mode == "cuda":
                 self.problem("PYKERN_BUILD=cuda, but csrc/cuda holds no .cu file: CPU kernels and Triton only")
             return None, []
-        home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-        nvcc = find_program("NVCC", "nvcc", f"{home}/bin/nvcc")
+        nvcc = toolchain.find_nvcc()
         if not nvcc:
             self.problem("no nvcc was found: CPU kernels and Triton only")
             return None, []
@@ -263,7 +292,7 @@ class NativeBuild(build_ext):
         for arch in archs:
             if not re.fullmatch(r"\d{2,3}[af]?", arch):
                 raise SystemExit(f"PYKERN_CUDA_ARCHS names {arch!r}; it takes architectures as 80;90a")
-        return nvcc, archs or DEFAULT_CUDA_ARCHS.split(";")
+        return nvcc, archs or list(toolchain.DEFAULT_CUDA_ARCHS)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in getattr(self, "outputs", [])]
@@ -274,8 +303,9 @@ class NativeBuild(build_ext):
 
 os.chdir(ROOT)
 setup(
-    packages=[*find_packages(include=["pykern", "pykern.*"]), "pykern.kernels"],
-    package_dir={"pykern.kernels": "kernels"},
+    packages=[*find_packages(include=["pykern", "pykern.*"]), "pykern.kernels", "pykern.csrc"],
+    package_dir={"pykern.kernels": "kernels", "pykern.csrc": "csrc"},
+    package_data={"pykern.csrc": ["*.h", "include/pykern/*", "cuda/*.h", "emulator/*.h"]},  # for pykern.extension
     ext_modules=[Extension("pykern._introspect", ["csrc/introspect.cpp"])],
     cmdclass={"build_ext": NativeBuild},
     include_package_data=False,

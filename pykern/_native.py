@@ -1,9 +1,11 @@
-"""Loads the C++ library, if there is one: its kernels are then `torch.ops.pykern_native.NAME`.
+"""Loads the C++ libraries, if there are any.
 
-`reason` says why they are not there, or is None. `isa` is the instruction set that the CPU kernels use.
+`libpykern_native.so` has the kernels for CPUs and GPUs, `torch.ops.pykern_native.NAME`; `libpykern_emulated.so` has the
+GPU's kernels once more, for CPU tensors on the emulator, `torch.ops.pykern_native_emulated.NAME`.
 """
 
 import ctypes
+import functools
 import json
 import os
 import warnings
@@ -14,6 +16,10 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpykern_native.so"
+# Elsewhere for `pykern check --sanitize`.
+EMULATOR_FOLDER = Path(os.environ.get("PYKERN_EMULATOR_FOLDER") or FOLDER)
+EMULATOR = EMULATOR_FOLDER / "libpykern_emulator.so"
+EMULATED = EMULATOR_FOLDER / "libpykern_emulated.so"
 
 
 def build_report() -> dict[str, Any] | None:
@@ -43,4 +49,33 @@ def _load() -> tuple[str | None, str | None]:
     return None, isa
 
 
+@functools.cache
+def cuda_problem() -> str | None:
+    """Why the library's CUDA kernels do not run on a GPU here, or None. Asks the driver, so not before it is needed."""
+    if reason:
+        return reason
+    report = build_report() or {}
+    if report.get("library") != "cuda":
+        return "; ".join(report.get("problems", [])) or "the native library was built without CUDA kernels"
+    ask = ctypes.CDLL(str(LIBRARY)).pykern_cuda_problem
+    ask.restype = ctypes.c_char_p
+    answer = ask()
+    return answer.decode() if answer else None
+
+
+@functools.cache
+def emulator_problem() -> str | None:
+    """Why CUDA kernels do not run on CPU tensors here, or None; loads what runs them."""
+    if not EMULATED.exists():
+        report = build_report() or {}
+        problems = "; ".join(report.get("problems", []))
+        return f"on CPU tensors it is the emulator, which was not built: {problems or 'make install'}"
+    try:
+        torch.ops.load_library(EMULATED)
+    except (OSError, RuntimeError) as error:
+        return f"the emulated kernels do not load: {error}"
+    return None
+
+
 reason, isa = _load()
+"""Why there are no C++ kernels, or None; and the instruction set that the CPU kernels use."""

@@ -142,6 +142,8 @@ def test_sdist_and_wheel(copy: Copy) -> None:
     files = set(zipfile.ZipFile(wheel).namelist())
     kernels = {f"pykern/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels and kernels <= files
+    headers = {f"pykern/{path.relative_to(ROOT)}" for path in (ROOT / "csrc/include").rglob("*.*h")}
+    assert headers and headers <= files and not any(name.endswith((".cu", ".cpp")) for name in files)
     assert {LIBRARY, "pykern/lib/build.json", "pykern/ops/_spec.py"} <= files
     assert any(name.startswith("pykern/_introspect.") for name in files)
     assert not [name for name in files if name.startswith(("tests", "benchmarks", "csrc", "kernels"))]
@@ -201,14 +203,16 @@ def test_every_instruction_set_computes_the_norms(isa: str) -> None:
 # What each part of the package may import of the others; nothing points upward.
 MAY_IMPORT = {
     "kernels": set(),
+    "toolchain": set(),
     "_native": set(),
     "ops": {"kernels", "_native"},
+    "extension": {"_native", "toolchain", "ops"},
     "nn": {"ops"},
     "model": {"nn", "ops"},
     "train": {"model", "nn", "ops"},
-    "testing": {"ops", "kernels", "_native"},
+    "testing": {"ops", "kernels", "_native", "toolchain", "extension"},
     "integrations": {"nn", "ops"},
-    "doctor": {"_native", "_introspect", "ops"},
+    "doctor": {"_native", "_introspect", "toolchain", "ops"},
     "cli": {"doctor", "testing", "train", "model", "nn", "ops"},
     "__main__": {"cli"},
     "__init__": {"ops", "nn", "integrations", "testing"},  # testing: the interpreter's repair

@@ -8,7 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "tensors.h"
+#include "../tensors.h"
+#include "parallel.h"
 
 namespace pykern {
 namespace {

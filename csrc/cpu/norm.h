@@ -2,8 +2,8 @@
 
 #pragma once
 
+#include "../include/pykern/rows.h"
 #include "isa.h"
-#include "rows.h"
 
 namespace pykern {
 

@@ -1,5 +1,6 @@
 """Which backends this process can run, which one is forced, and lazy handles on their kernels."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -42,17 +43,21 @@ class backend:
 
 def unavailable(name: str, kernel: Callable[..., Any], device_type: str) -> str | None:
     """Why this kernel of backend `name` cannot run on tensors of that device in this process, or None if it can."""
-    if name in ("cpu", "cuda"):
-        if device_type != name:
-            return f"serves {name.upper()} tensors, not {device_type}"
-        return kernel.missing() if isinstance(kernel, _Lazy) else None
+    if isinstance(kernel, Kernel):
+        return kernel.missing(device_type)
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "on CPU tensors it is the Triton interpreter: start the process with TRITON_INTERPRET=1"
-        return None if device_type in ("cpu", "cuda") else f"does not run on {device_type}"
+        return _no_triton(device_type)
+    if name in ("cpu", "cuda") and device_type != name:
+        return f"serves {name.upper()} tensors, not {device_type}"
     return None
+
+
+def _no_triton(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on CPU tensors it is the Triton interpreter: start the process with TRITON_INTERPRET=1"
+    return None if device_type in ("cpu", "cuda") else f"does not run on {device_type}"
 
 
 def is_emulation(name: str, device_type: str) -> bool:
@@ -60,42 +65,61 @@ def is_emulation(name: str, device_type: str) -> bool:
     return device_type == "cpu" and name in ("triton", "cuda")
 
 
-class _Lazy:
-    """A kernel that is looked up at its first call, so that importing pykern does not import triton.
+class Kernel:
+    """A kernel that is looked up at its first call, so that importing pykern imports no triton and loads no library."""
 
-    `missing` says why there is no such kernel in this installation, or None.
-    """
+    def missing(self, device_type: str) -> str | None:
+        """Why this installation has no such kernel for tensors of that device, or None."""
+        raise NotImplementedError
 
-    def __init__(self, find: Callable[[], Callable[..., Any]], missing: Callable[[], str | None]) -> None:
-        self._find, self.missing = find, missing
-        self._kernel: Callable[..., Any] | None = None
-
-    def resolve(self) -> Callable[..., Any]:
-        if self._kernel is None:
-            self._kernel = self._find()
-        return self._kernel
-
-    def __call__(self, *args: Any) -> Any:
-        return self.resolve()(*args)
+    def resolve(self, device_type: str) -> Callable[..., Any]:
+        raise NotImplementedError
 
 
-def resolved(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel itself, where a lazy handle stands for it."""
-    return kernel.resolve() if isinstance(kernel, _Lazy) else kernel
+def resolved(kernel: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """The function that serves tensors of that device."""
+    return kernel.resolve(device_type) if isinstance(kernel, Kernel) else kernel
 
 
-def native(name: str) -> Callable[..., Any]:
-    """The C++ kernel `pykern_native::name`."""
+class _Native(Kernel):
+    def __init__(self, backend: str, name: str) -> None:
+        self._backend, self._name = backend, name
 
-    def missing() -> str | None:
+    def missing(self, device_type: str) -> str | None:
         from pykern import _native
 
+        if self._backend == "cuda" and device_type in ("cpu", "cuda"):
+            return _native.emulator_problem() if device_type == "cpu" else _native.cuda_problem()
+        if device_type != self._backend:
+            return f"serves {self._backend.upper()} tensors, not {device_type}"
         return _native.reason
 
-    return _Lazy(lambda: getattr(torch.ops.pykern_native, name).default, missing)
+    def resolve(self, device_type: str) -> Callable[..., Any]:
+        emulated = is_emulation(self._backend, device_type)
+        library = torch.ops.pykern_native_emulated if emulated else torch.ops.pykern_native
+        return getattr(library, self._name).default
 
 
-def triton(module: str, name: str) -> Callable[..., Any]:
+class _Triton(Kernel):
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def missing(self, device_type: str) -> str | None:
+        return _no_triton(device_type)
+
+    @functools.cached_property
+    def _launcher(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"pykern.kernels.{self._module}"), self._name)
+
+    def resolve(self, device_type: str) -> Callable[..., Any]:
+        return self._launcher
+
+
+def native(backend: str, name: str) -> Kernel:
+    """The C++ kernel `pykern_native::name` for backend "cpu" or "cuda"; for CUDA on CPU tensors its emulation."""
+    return _Native(backend, name)
+
+
+def triton(module: str, name: str) -> Kernel:
     """The launcher `name` in `kernels/<module>.py`."""
-
-    return _Lazy(lambda: getattr(importlib.import_module(f"pykern.kernels.{module}"), name), lambda: None)
+    return _Triton(module, name)

@@ -155,13 +155,13 @@ class OpSpec:
                 reason = self.why_not(backend, args)
                 if reason is not None:
                     raise BackendError(f"{self.name}: backend {backend!r} cannot serve this call: {reason}")
-                return backend, self.backends[backend]
+                return backend, resolved(self.backends[backend], self._device_type(args))
             return backend, self._run_reference
         device_type = self._device_type(args)
         candidates = self._candidates.get(device_type)
         if candidates is None:
             candidates = self._candidates[device_type] = [
-                (name, resolved(kernel), self.supports.get(name))
+                (name, resolved(kernel, device_type), self.supports.get(name))
                 for name, kernel in self.backends.items()
                 if not is_emulation(name, device_type) and unavailable(name, kernel, device_type) is None
             ]

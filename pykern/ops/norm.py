@@ -95,7 +95,7 @@ def kernels(name: str, position: int = 0) -> dict[str, Any]:
             return None
         return f"computes fp32, fp16 and bf16, not {dtype}"
 
-    backends = {"triton": triton("norm", name), "cpu": native(name)}
+    backends = {"triton": triton("norm", name), "cpu": native("cpu", name)}
     return {"backends": backends, "supports": dict.fromkeys(backends, supports)}
 
 

@@ -51,14 +51,17 @@ def backends(spec: OpSpec, device: str) -> list[str]:
     return [*names, "reference"]
 
 
-def cases(names: Iterable[str] | None = None, device: str = "cpu", kind: str = "smoke") -> Iterator[Case]:
-    """The cases of the named ops, or of all."""
+def cases(
+    names: Iterable[str] | None = None, device: str = "cpu", kind: str = "smoke", backend: str | None = None
+) -> Iterator[Case]:
+    """The cases of the named ops, or of all; of one backend, or of all and what does not depend on it."""
     for name, spec in pykern.catalogue().items():
         # A backward op is checked through its forward.
         if spec.gradient is not None and (names is None or name in names):
-            for backend in backends(spec, device):
-                yield from _backend_cases(name, spec, backend, device, kind)
-            if os.environ.get("TRITON_INTERPRET") != "1":
+            for one in backends(spec, device):
+                if backend in (None, one):
+                    yield from _backend_cases(name, spec, one, device, kind)
+            if backend is None and os.environ.get("TRITON_INTERPRET") != "1":
                 yield from _op_cases(name, spec, device)
 
 
@@ -77,6 +80,8 @@ def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str
                     # The reference is torch's own kernels, which may add up strided memory in another order.
                     if (check, backend) != ("strides", "reference"):
                         yield case(check, label, fn, sample.args)
+                if (backend, device) == ("cuda", "cpu"):
+                    yield case("orders", label, checks.check_orders, sample.args)
     served = [s for s in samples(spec, "smoke", device, torch.float32) if _serves(spec, backend, s)]
     for sample in [s for s in served if _numel(s)][:2]:
         for check, fn in ONCE.items():

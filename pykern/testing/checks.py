@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pykern.ops._backends import BackendError, backend
+from pykern.testing import emulator
 from pykern.testing.accuracy import check_close
 from pykern.testing.inputs import as_tuple, differentiable, fresh, map_tensors, scattered
 
@@ -126,6 +127,19 @@ def check_repeat(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     for tensor, state in zip(ours, before, strict=True):
         if state is not None:
             assert tensor._version == state[1] and same_bits(tensor, state[0]), "an argument was overwritten"
+
+
+def check_orders(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
+    """On the emulator: the same bits in whichever order threads and blocks run."""
+    results = []
+    for setting in ({"order": "ascending"}, {"order": "descending"}, {"seed": 1}, {"seed": 2}):
+        ours = fresh(args)
+        with emulator.configured(**setting):
+            outputs = call(spec, name, ours)
+            results.append((setting, (*outputs, *gradients(outputs, ours))))
+    for setting, found in results[1:]:
+        for one, other in zip(results[0][1], found, strict=True):
+            assert same_bits(one, other), f"with {setting} the result differs from that with {results[0][0]}"
 
 
 def check_strides(spec: OpSpec, name: str, args: Sequence[Any]) -> None:

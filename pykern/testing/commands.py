@@ -35,21 +35,39 @@ def ops(markdown: bool = False) -> int:
     return 0
 
 
-def check(targets: Positional[tuple[str, ...]] = (), device: str = "cpu", kind: str = "smoke") -> int:
+def check(
+    targets: Positional[tuple[str, ...]] = (),
+    device: str = "cpu",
+    kind: str = "smoke",
+    backend: str | None = None,
+    sanitize: bool = False,
+) -> int:
     """Runs the cases that the declarations imply and prints what failed; 1 if anything did.
+
+    On CPU tensors backend "cuda" runs on the emulator, and "triton" in the interpreter, in a process of its own.
 
     Args:
         targets: ops by name, and Python files outside the package that declare some; all of pykern's ops by default.
         device: cpu or cuda.
         kind: smoke or full samples.
+        backend: this one alone; by default all, and what depends on none.
+        sanitize: backend "cuda" on CPU tensors, compiled with g++'s address and undefined-behaviour sanitizers.
     """
     from pykern.testing.cases import cases
 
+    if sanitize and "PYKERN_EMULATOR_FOLDER" not in os.environ:
+        from pykern.testing.sanitize import environment
+
+        if (backend or "cuda", device) != ("cuda", "cpu"):
+            sys.exit(f"error: sanitize: works on backend cuda and device cpu, got {backend} and {device}")
+        # The sanitizer's library has to be the first one that the process loads.
+        command = [sys.executable, "-m", "pykern.cli", "check", *targets, "--kind", kind, "--backend", "cuda"]
+        return subprocess.run([*command, "--sanitize"], env={**os.environ, **environment()}, check=False).returncode
     names = resolve(targets)
     console = Console()
     table = Table("op", "backend", "check", "passed", "failed")
     failures, totals = [], {}
-    for case in cases(names, device, kind):
+    for case in cases(names, device, kind, backend):
         total = totals.setdefault((case.op, case.backend, case.check), [0, 0])
         try:
             case.run()
@@ -65,11 +83,16 @@ def check(targets: Positional[tuple[str, ...]] = (), device: str = "cpu", kind: 
         console.print(failure, style="red", markup=False, highlight=False)
     passed, failed = (sum(t[i] for t in totals.values()) for i in range(2))
     console.print(f"{passed} passed, {failed} failed" + (" (interpreted Triton)" if interpreting() else ""))
-    code = 1 if failures or not passed else 0
-    has_triton = any("triton" in pykern.catalogue()[n].backends for n in names)
-    if device == "cpu" and has_triton and not interpreting():
+    has_triton = any("triton" in pykern.catalogue()[n].backends for n in names) and backend in (None, "triton")
+    interprets = device == "cpu" and has_triton and not interpreting()
+    code = 1 if failures or not (passed or interprets) else 0
+    if not passed and not interprets and backend is not None:
+        reasons = {n: _reason(n, backend, device) for n in names}
+        console.print(*(f"{n} has nothing to check on {backend}: {reason}" for n, reason in reasons.items()), sep="\n")
+    if interprets:
         # The interpreter has to be chosen before triton is imported, hence a process of its own.
         command = [sys.executable, "-m", "pykern.cli", "check", *targets, "--device", device, "--kind", kind]
+        command += ["--backend", backend] if backend else []
         code |= subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     return code
 
@@ -153,6 +176,13 @@ def resolve(targets: Sequence[str]) -> list[str]:
         else:
             sys.exit(f"error: op: expected a Python file or one of {', '.join(forward_ops())}, got {target!r}")
     return names or list(forward_ops())
+
+
+def _reason(name: str, backend: str, device: str) -> str:
+    spec = pykern.catalogue()[name]
+    if backend not in spec.backends:
+        return f"it has no such backend, only {', '.join([*spec.backends, 'reference'])}"
+    return unavailable(backend, spec.backends[backend], device) or "no sample fits it"
 
 
 def interpreting() -> bool:

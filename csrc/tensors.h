@@ -1,4 +1,5 @@
-// Tensors as CPU kernels take them: allocation, rows and element types, over libtorch's stable C interface.
+// Tensors as the launchers of every device take them: allocation, rows and element types, over libtorch's stable C
+// interface.
 
 #pragma once
 
@@ -9,7 +10,7 @@
 #include <array>
 #include <optional>
 
-#include "rows.h"
+#include "include/pykern/rows.h"
 
 namespace pykern {
 
@@ -33,14 +34,14 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 // A contiguous tensor with uninitialised contents. The general empty() of the stable interface boxes six optional
 // arguments, which costs more than a small kernel.
-inline Tensor empty(Sizes sizes, DType dtype) {
+inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_device_type_cpu(), int32_t index = 0) {
   std::array<int64_t, 64> strides;
   STD_TORCH_CHECK(sizes.size() <= strides.size(), "at most 64 dimensions are supported");
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), torch_code(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+      sizes.size(), sizes.data(), strides.data(), torch_code(dtype), device_type, index, &handle));
   return Tensor(handle);
 }
 
@@ -85,15 +86,5 @@ class RowsOf {
 
   std::optional<Tensor> copy_;
 };
-
-// body(begin, end) over the range, on torch's threads where the elements are worth waking them; the range is cut
-// differently for every number of threads, so the result must not depend on where.
-template <class Body>
-void parallel(int64_t count, int64_t elements_each, const Body& body) {
-  constexpr int64_t kElementsPerThread = 32768;  // as torch's own elementwise kernels
-  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_each));
-  if (count <= grain) body(0, count);
-  else torch::stable::parallel_for(0, count, grain, body);
-}
 
 }  // namespace pykern
