@@ -9,10 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pykern import __version__, _native
-
-# The oldest driver that runs the CUDA 13 runtime which is linked into the library, whatever torch was built with.
-OLDEST_DRIVER = 580
+from pykern import __version__, _native, toolchain
 
 
 def _version(package: str) -> str:
@@ -48,6 +45,7 @@ def _library() -> Iterator[tuple[str, str]]:
     for key, name in [("compiler", "built with"), ("nvcc", "nvcc"), ("torch", "built against torch")]:
         if report.get(key):
             yield name, report[key]
+    yield "CUDA emulator", "ready (backend cuda on CPU tensors)" if report.get("emulator") else "not built"
     for problem in report.get("problems", []):
         yield "build problem", problem
     if importlib.util.find_spec("pykern._introspect"):
@@ -59,9 +57,8 @@ def _library() -> Iterator[tuple[str, str]]:
 
 
 def _compilers() -> Iterator[tuple[str, str]]:
-    for name, variable, usual in [("C++ compiler", "CXX", "g++"), ("CUDA compiler", "NVCC", "nvcc")]:
-        command = os.environ.get(variable) or usual
-        yield name, shutil.which(command.split()[0]) or f"{command} was not found"
+    for name, command in [("C++ compiler", toolchain.find_cxx()), ("CUDA compiler", toolchain.find_nvcc())]:
+        yield name, shutil.which(command[0]) if command else "not found"
 
 
 def _cuda() -> Iterator[tuple[str, str]]:
@@ -77,8 +74,8 @@ def _cuda() -> Iterator[tuple[str, str]]:
         memory = properties.total_memory / 2**30
         yield f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
     driver = _driver_version()
-    note = f"; the C++ kernels need {OLDEST_DRIVER}" if driver and int(driver.split(".")[0]) < OLDEST_DRIVER else ""
-    yield "driver", f"{driver or 'unknown'}{note}"
+    yield "driver", driver or "unknown"
+    yield "CUDA kernels", _native.cuda_problem() or "ready"
 
 
 def _driver_version() -> str | None:
