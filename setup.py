@@ -227,7 +227,7 @@ class NativeBuild(build_ext):
             return False
         report["torch"] = importlib.metadata.version("torch")
         torch_folder = Path(torch.submodule_search_locations[0])
-        self.torch_flags = toolchain.torch_flags(torch_folder)
+        self.torch_flags = [*toolchain.torch_flags(torch_folder), "-Icsrc", "-Icsrc/include"]
         self.torch_link = toolchain.torch_link_flags(torch_folder)
         namespace = ["-DPYKERN_NAMESPACE=pykern_native"]
         host = [Path("csrc/library.cpp"), *sorted(Path("csrc/cpu").glob("*.cpp"))]
@@ -261,8 +261,8 @@ class NativeBuild(build_ext):
             self.problem(f"the emulator is not written for {platform.machine()}: no CUDA kernels on CPU tensors")
             return False
         cuda = ["-isystem", str(headers)]
-        runtime = [flag for flag in toolchain.CXX_FLAGS if flag != "-fvisibility=hidden"]
-        plan.compile("emulator", sorted(Path("csrc/emulator").glob("*.cpp")), compiler, [*runtime, *cuda])
+        runtime = sorted(Path("csrc/emulator").glob("*.cpp"))
+        plan.compile("emulator", runtime, compiler, [*toolchain.EMULATOR_FLAGS, *cuda])
         plan.link(BUILD / EMULATOR, ["emulator"], compiler, ["-ldl", f"-Wl,-soname,{EMULATOR}"])
         flags = [*toolchain.EMULATED_FLAGS, *self.torch_flags, *cuda, "-DPYKERN_NAMESPACE=pykern_native_emulated"]
         plan.compile("emulated", [Path("csrc/library.cpp"), *sources], compiler, flags)

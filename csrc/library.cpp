@@ -1,10 +1,20 @@
 // The table of contents of the native library: every raw kernel's schema, the same on every device.
 // Kernels are registered where they are written (cpu/, cuda/); only Python defines pykern:: ops.
-// The namespace is pykern_native because a second definition of one namespace raises.
+// The namespace is not pykern because a second definition of one namespace raises; the emulated library, which holds
+// the same kernels, has one of its own.
 
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(pykern_native, m) {
+#include "tensors.h"
+
+extern "C" __attribute__((visibility("default"))) void pykern_poison_memory(bool on) { pykern::poison_memory = on; }
+
+#ifndef PYKERN_NAMESPACE
+#define PYKERN_NAMESPACE pykern_native
+#endif
+#define PYKERN_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "layer_norm_backward(Tensor? dy, Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor mean, Tensor rstd,"

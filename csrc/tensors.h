@@ -8,9 +8,14 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 
 #include "include/pykern/rows.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it by its older name alone
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace pykern {
 
@@ -32,6 +37,10 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   return DType::count;
 }
 
+// Whether empty() fills CPU memory, so that what no kernel writes is seen. torch does it where it allocates by itself,
+// in deterministic mode, but not behind its stable C interface.
+inline bool poison_memory = false;
+
 // A contiguous tensor with uninitialised contents. The general empty() of the stable interface boxes six optional
 // arguments, which costs more than a small kernel.
 inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_device_type_cpu(), int32_t index = 0) {
@@ -42,23 +51,26 @@ inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_d
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), torch_code(dtype), device_type, index, &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+  // All bits set are NaN in every float type.
+  if (poison_memory && device_type == aoti_torch_device_type_cpu())
+    std::memset(out.data_ptr(), 0xff, out.numel() * out.element_size());
+  return out;
 }
 
 // The rows of a tensor, read in place where the last dimension is contiguous and the others fold into few; else the
 // rows of a contiguous copy, which lives as long as this.
 class RowsOf {
  public:
-  explicit RowsOf(const Tensor& t) {
-    if (fold(t)) {
-      rows.data = t.data_ptr();
-      return;
+  explicit RowsOf(const Tensor& t) : tensor(t) {
+    if (!fold(tensor)) {
+      tensor = torch::stable::contiguous(t);
+      fold(tensor);
     }
-    copy_ = torch::stable::contiguous(t);
-    fold(*copy_);
-    rows.data = copy_->data_ptr();
+    rows.data = tensor.data_ptr();
   }
 
+  Tensor tensor;  // the one that is read
   Rows rows;
 
  private:
@@ -83,8 +95,6 @@ class RowsOf {
     std::reverse_copy(stride.begin(), stride.begin() + rows.dims, rows.stride);
     return true;
   }
-
-  std::optional<Tensor> copy_;
 };
 
 }  // namespace pykern

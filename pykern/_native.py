@@ -77,5 +77,11 @@ def emulator_problem() -> str | None:
     return None
 
 
+def poison_memory(on: bool) -> None:
+    """Whether CPU kernels fill the memory that they allocate with NaN, so that what they leave unwritten is seen."""
+    if reason is None:
+        ctypes.CDLL(str(LIBRARY)).pykern_poison_memory(ctypes.c_bool(on))
+
+
 reason, isa = _load()
 """Why there are no C++ kernels, or None; and the instruction set that the CPU kernels use."""

@@ -81,7 +81,7 @@ class Library:
             return target
         folder.mkdir(parents=True, exist_ok=True)
         link = toolchain.torch_link_flags(Path(torch.__file__).parent)
-        link = ["-Xlinker=--no-as-needed", *link]
+        link = ["-Xlinker", "--no-as-needed", *link]
         if emulated:
             link += [f"-L{_native.EMULATOR_FOLDER}", "-lpykern_emulator", f"-Wl,-rpath,{_native.EMULATOR_FOLDER}"]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -7,7 +7,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <string>
+#include <optional>
+#include <tuple>
 
 #include "../tensors.h"
 
@@ -46,6 +47,8 @@ class Device {
   void* out(const Tensor& tensor, const char* name) const;
 
   int multiprocessors() const;
+  // The most shared memory, static and dynamic, that a block may have.
+  size_t shared_bytes() const;
   // How many blocks of this size one multiprocessor can hold at a time.
   template <class... Params>
   int blocks_per_multiprocessor(void (*kernel)(Params...), int threads, size_t shared_bytes) const;
@@ -55,6 +58,8 @@ class Device {
 
  private:
 #ifdef __CUDACC__
+  int attribute(cudaDeviceAttr which) const;
+
   int32_t index_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   cudaStream_t stream_;
@@ -83,17 +88,30 @@ inline Tensor Device::empty(Sizes sizes, DType dtype) const {
 inline const void* Device::in(const Tensor& tensor, const char*) const { return tensor.data_ptr(); }
 inline void* Device::out(const Tensor& tensor, const char*) const { return tensor.data_ptr(); }
 
-inline int Device::multiprocessors() const {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");
-  return count;
+inline int Device::attribute(cudaDeviceAttr which) const {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, index_), "cudaDeviceGetAttribute");
+  return value;
+}
+
+inline int Device::multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+inline size_t Device::shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Dynamic shared memory past 48 KiB has to be asked for, once a kernel and device.
+inline void allow_shared(const void* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      "shared memory");
 }
 
 template <class... Params>
 int Device::blocks_per_multiprocessor(void (*kernel)(Params...), int threads, size_t shared_bytes) const {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  allow_shared(function, shared_bytes);
   int count = 0;
   check_cuda(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, reinterpret_cast<const void*>(kernel), threads, shared_bytes),
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, threads, shared_bytes),
       "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return std::max(count, 1);
 }
@@ -101,10 +119,7 @@ int Device::blocks_per_multiprocessor(void (*kernel)(Params...), int threads, si
 template <class... Params, class... Args>
 void Device::launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) const {
   const void* const function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024)
-    check_cuda(
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "shared memory");
+  allow_shared(function, shared_bytes);
   std::tuple<Params...> values(args...);
   std::apply(
       [&](Params&... value) {
@@ -119,7 +134,10 @@ void Device::launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t sha
 inline Device::Device(const Tensor&) { emulator::session_begin(); }
 inline Device::~Device() { emulator::session_end(); }
 
-inline Tensor Device::empty(Sizes sizes, DType dtype) const { return pykern::empty(sizes, dtype); }
+inline Tensor Device::empty(Sizes sizes, DType dtype) const {
+  poison_memory = true;
+  return pykern::empty(sizes, dtype);
+}
 
 inline void add_region(const Tensor& tensor, bool writable, const char* name) {
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
@@ -143,6 +161,7 @@ inline void* Device::out(const Tensor& tensor, const char* name) const {
 }
 
 inline int Device::multiprocessors() const { return emulator::settings().multiprocessors; }
+inline size_t Device::shared_bytes() const { return emulator::kMaxSharedBytes; }
 
 template <class... Params>
 int Device::blocks_per_multiprocessor(void (*)(Params...), int threads, size_t shared_bytes) const {
@@ -151,11 +170,11 @@ int Device::blocks_per_multiprocessor(void (*)(Params...), int threads, size_t s
 
 template <class... Params, class... Args>
 void Device::launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Args&... args) const {
-  // Every thread gets its own copy of the arguments, as on a GPU.
+  // Every thread gets its own copy of the arguments, as on a GPU. Making it is none of the kernel's accesses.
   const std::tuple<Params...> values(args...);
-  emulator::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] {
-    std::apply([&](Params... value) { kernel(value...); }, values);
-  });
+  const auto call = [kernel](const Params&... value) __attribute__((no_sanitize("thread"))) { kernel(value...); };
+  emulator::launch(
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { std::apply(call, values); });
 }
 
 #endif

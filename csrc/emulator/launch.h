@@ -5,6 +5,7 @@
 #include <vector_types.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 namespace pykern::emulator {
@@ -13,6 +14,7 @@ struct Settings {
   uint64_t seed = 0;          // of the schedule and of the order of blocks
   int order = 0;              // 0: random, 1: ascending, 2: descending threads and blocks
   int multiprocessors = 4;    // of the device that is emulated
+  int watchdog_seconds = 10;  // of processor time for which a thread may run and meet no other; 0: any
 };
 Settings& settings();
 

@@ -55,23 +55,23 @@ struct Place {
   unsigned line;
 };
 
-// The thread whose fiber runs; null outside kernels.
-extern Thread* running;
+// The thread whose fiber runs; null outside kernels, and for host threads other than the one that launched.
+extern __thread Thread* running __attribute__((tls_model("initial-exec")));
 
 // scheduler.cpp
 
-// Ends the launch: the fiber never goes on, and launch() throws std::runtime_error that names what, where in the source,
-// thread, warp, block and kernel.
+// Ends the launch: the fiber never goes on, and launch() throws std::runtime_error that names what, where in the
+// source, thread, warp, block and kernel.
 [[noreturn]] void fault(const std::string& what, const void* pc);
 [[noreturn]] void fault(const std::string& what, Place place);
 
-// Waits until every lane of mask is here with the same `what`; the last one calls combine(lanes, mask), where lanes[i] is
-// what lane i gave as `mine` (null outside mask). The base of shuffles, votes, ldmatrix and mma.
+// Waits until every lane of mask is here with the same `what`; the last one calls combine(lanes, mask), where lanes[i]
+// is what lane i gave as `mine` (null outside mask). The base of shuffles, votes, ldmatrix and mma.
 void warp_meet(
     unsigned mask, void* mine, void (*combine)(void* const* lanes, unsigned mask), const char* what, Place place);
 
-// Lets other threads of resident blocks run: for a thread that polls memory.
-void give_way();
+// Lets other threads of resident blocks run: for a thread that polls memory, at pc.
+void give_way(const void* pc = nullptr);
 
 // memory.cpp, races.cpp, counters.cpp
 
@@ -88,7 +88,7 @@ void async_copy(void* to, const void* from, size_t bytes, size_t filled, const v
 void async_commit();
 void async_wait(unsigned groups_left);
 
-// The variable that `tag` stands for in the running thread's block, the same for all its threads. It comes uninitialised.
+// The variable that `tag` stands for in the running thread's block, the same for all its threads; uninitialised.
 void* static_shared(const void* tag, const char* name, size_t bytes, size_t alignment);
 
 void count_tensor_flops(double flops);
@@ -101,7 +101,9 @@ void on_launch_end(const Launch& launch, bool failed);
 void on_block(Block& block);
 void on_block_end(Block& block);
 void on_thread(Thread& thread);
-void on_meeting(Block& block, std::span<Thread* const> participants);
+// Those that told on_arrival they arrive at this barrier, and do not wait, learn nothing.
+void on_meeting(Block& block, std::span<Thread* const> participants, int barrier = -1);
+void on_arrival(Thread& thread, int barrier);
 // Every lane of the warp that still lives waits, or has waited, at the same place: accesses so far can be matched up.
 void on_converged(Block& block, unsigned warp);
 void on_fence(Thread& thread);  // __threadfence

@@ -77,6 +77,7 @@ class OpSpec:
     cost: Callable[..., tuple[float, float]] | None = None
     peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     tolerance: float = 2.0
+    traffic: Callable[..., float] | None = None  # (backend, *args) -> how many times `cost` a kernel may move
     oracle: Callable[..., Any] | None = None
     function: Callable[..., Any] | None = None
     gradient: Any = None  # how the op is differentiated: a `_backward.Gradient`; None for a backward op

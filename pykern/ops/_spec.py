@@ -39,11 +39,13 @@ def define(
         tied: forward arguments that receive the same gradient as another one.
         autocast: per argument a dtype, which applies on CUDA as torch's own list of fp32 ops does, or "lower" for the
             autocast dtype on every device.
-        samples: yields `Sample`s for "smoke", "full" and "bench" from a factory of random tensors.
+        samples: yields `Sample`s for "smoke", "full", "bench" and "traffic" from a factory of random tensors.
         bad: yields (name, args, exception type, pattern) of calls that must be refused.
         cost: (flops, bytes) that a call needs at the least.
         peers: stock torch ("torch") and other libraries on the op's arguments.
         tolerance: factor over torch's own error.
+        traffic: (backend, *args) -> how many times the bytes of `cost` a kernel may move; by default 1.0, for a
+            backward op 1.1.
         oracle: for an op that rounds on its way: (dtype, *args) -> the results for arguments of that dtype, of which
             `args` are wider copies. By default the reference on the wider copies.
     """
@@ -71,7 +73,7 @@ def define_backward(
         primal: the function of the arguments between gradients and mask that is differentiated; the forward's
             reference by default, and then every forward argument must be among them.
         wrt: the arguments of `primal` that the returns belong to, by default those the returns are named after.
-        parts: `check`, `fake`, `backends`, `supports`, `cost`, `tolerance` as for `define`.
+        parts: `check`, `fake`, `backends`, `supports`, `cost`, `tolerance`, `traffic` as for `define`.
     """
     spec = BackwardSpec(schema, **parts)
     if primal is not None:

@@ -68,7 +68,7 @@ def _check_backward(dy: Tensor | None, dsummed: Tensor | None, summed: Tensor, *
 def _pairs(kind: str, make: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, x in norm_inputs(kind, make):
         yield name, x, make(*x.shape)
-    if kind != "bench":
+    if kind in ("smoke", "full"):
         yield "residual elements apart", make(6, 40), make(40, 6).t()
         yield "frozen residual", make(5, 32), make(5, 32, grad=False)
 
@@ -76,7 +76,7 @@ def _pairs(kind: str, make: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
 def _layer_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
     for name, x, residual in _pairs(kind, make):
         yield Sample(name, (x, residual, make(x.shape[-1]), make(x.shape[-1]), 1e-5))
-    if kind != "bench":
+    if kind in ("smoke", "full"):
         yield Sample("no parameters", (make(5, 33), make(5, 33), None, None, 1e-5))
         yield Sample("frozen parameters", (make(5, 32), make(5, 32), make(32, grad=False), make(32, grad=False), 1e-5))
 
@@ -84,7 +84,7 @@ def _layer_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
 def _rms_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
     for name, x, residual in _pairs(kind, make):
         yield Sample(name, (x, residual, make(x.shape[-1]), 1e-6, 0.0, False))
-    if kind != "bench":
+    if kind in ("smoke", "full"):
         yield Sample("no weight", (make(5, 33), make(5, 33), None, 1e-5, 0.0, False))
         yield Sample("gemma", (make(5, 33), make(5, 33), make(33), 1e-6, 1.0, False))
         yield Sample("llama", (make(5, 33), make(5, 33), make(33), 1e-6, 0.0, True))
@@ -133,7 +133,7 @@ _add_layer_norm_backward = define_backward(
         _check_backward(dy, dsummed, summed, mean=mean, rstd=rstd),
     ),
     cost=lambda dy, dsummed, summed, weight, bias, eps, mean, rstd, output_mask: norm_cost(
-        summed, 2 + (dsummed is not None) + output_mask[0], weight, weight, bias
+        summed, 2 + (dsummed is not None) + output_mask[0], 2, weight, weight, bias
     ),
     **kernels("add_layer_norm_backward", position=2),
 )
@@ -155,7 +155,7 @@ _add_layer_norm = define(
     autocast=dict.fromkeys(("x", "residual", "weight", "bias"), torch.float32),
     samples=_layer_norm_samples,
     bad=_layer_norm_bad,
-    cost=lambda x, residual, weight, bias, eps: norm_cost(x, 4, weight, bias),
+    cost=lambda x, residual, weight, bias, eps: norm_cost(x, 4, 2, weight, bias),
     peers={"torch": _torch_add_layer_norm},
     oracle=_layer_norm_oracle,
     **kernels("add_layer_norm"),
@@ -172,7 +172,7 @@ _add_rms_norm_backward = define_backward(
         _check_backward(dy, dsummed, summed, rstd=rstd),
     ),
     cost=lambda dy, dsummed, summed, weight, *rest: norm_cost(
-        summed, 2 + (dsummed is not None) + rest[-1][0], weight, weight
+        summed, 2 + (dsummed is not None) + rest[-1][0], 1, weight, weight
     ),
     **kernels("add_rms_norm_backward", position=2),
 )
@@ -194,7 +194,7 @@ _add_rms_norm = define(
     autocast=dict.fromkeys(("x", "residual", "weight"), torch.float32),
     samples=_rms_norm_samples,
     bad=_rms_norm_bad,
-    cost=lambda x, residual, weight, *_: norm_cost(x, 4, weight),
+    cost=lambda x, residual, weight, *_: norm_cost(x, 4, 1, weight),
     peers={"torch": _torch_add_rms_norm},
     oracle=_rms_norm_oracle,
     **kernels("add_rms_norm"),

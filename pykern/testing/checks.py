@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pykern.ops._backends import BackendError, backend
 from pykern.testing import emulator
 from pykern.testing.accuracy import check_close
+from pykern.testing.guards import poisoned, unwritten
 from pykern.testing.inputs import as_tuple, differentiable, fresh, map_tensors, scattered
 
 if TYPE_CHECKING:
     from pykern.ops._spec import OpSpec
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fills fresh memory with NaN (integers with their maximum), C++ allocations included."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 def call(spec: OpSpec, name: str | None, args: Sequence[Any]) -> tuple[Any, ...]:
-    with backend(name):
+    with backend(name), unwritten(**{a.name: value for a, value in zip(spec.arguments, args, strict=False)}):
         return as_tuple(spec(*args))
 
 
@@ -55,9 +45,10 @@ def gradients(
     """
     wanted = [args[i] for i in differentiable(args)]
     pairs = []
-    generator = torch.Generator().manual_seed(1)
+    # Drawn where they are needed: on the host, that would take longer than what is checked.
+    generator = torch.Generator(outputs[0].device if outputs else "cpu").manual_seed(1)
     for output in outputs:
-        incoming = torch.randn(output.shape, generator=generator).to(output.device)
+        incoming = torch.randn(output.shape, generator=generator, device=output.device)
         if output.requires_grad:
             pairs.append((output, incoming))
     if not pairs or not wanted:
@@ -67,7 +58,8 @@ def gradients(
     incoming = scattered(incoming) if spread else incoming
     kept = [g.clone() for g in incoming]
     live = [o for o, _ in pairs]
-    found = torch.autograd.grad(live, wanted, incoming, create_graph=create_graph, allow_unused=True)
+    with unwritten(argument=list(args), output=list(outputs), incoming_gradient=incoming):
+        found = torch.autograd.grad(live, wanted, incoming, create_graph=create_graph, allow_unused=True)
     assert all(same_bits(g, k) for g, k in zip(incoming, kept, strict=True)), "an incoming gradient was overwritten"
     return [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
 
@@ -335,7 +327,8 @@ def check_transforms(spec: OpSpec, args: Sequence[Any]) -> None:
         return sum((result[i].double().square().sum() for i in outputs), torch.zeros((), dtype=torch.float64))
 
     values = tuple(double[i] for i in chosen)
-    tangents = tuple(torch.randn(v.shape, dtype=v.dtype, generator=torch.Generator().manual_seed(2)) for v in values)
+    generator = torch.Generator().manual_seed(2)
+    tangents = tuple(torch.randn(v.shape, dtype=v.dtype, generator=generator).to(v.device) for v in values)
     _, slope = torch.func.jvp(function, values, tangents)
     step = 1e-6
     ahead = function(*[v + step * t for v, t in zip(values, tangents, strict=True)])

@@ -26,8 +26,8 @@ def _library() -> ctypes.CDLL:
 
 def _set(values: dict[str, int]) -> None:
     for name, value in values.items():
-        if not _library().pykern_emulator_set(name.encode(), value):
-            raise ValueError(f"the emulator has no setting {name!r}")
+        if _library().pykern_emulator_set(name.encode(), value):
+            raise ValueError(f"the emulator has no setting {name!r}, or it cannot be {value}")
 
 
 @contextlib.contextmanager

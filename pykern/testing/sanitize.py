@@ -39,9 +39,9 @@ def build() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     sanitize = [flag for flag in toolchain.SANITIZED_FLAGS if flag.startswith(("-fsanitize", "-fno-sanitize"))]
-    runtime = [flag for flag in toolchain.CXX_FLAGS if flag != "-fvisibility=hidden"]
-    runtime = [*compiler, *runtime, "-g", "-fsanitize=address", "-isystem", str(cuda)]
+    runtime = [*compiler, *toolchain.EMULATOR_FLAGS, "-g", "-fsanitize=address", "-isystem", str(cuda)]
     flags = [*toolchain.SANITIZED_FLAGS, *sanitize, *toolchain.torch_flags(torch_folder), "-isystem", str(cuda)]
+    flags += [f"-I{sources}", f"-I{sources / 'include'}"]
     kernels = [*compiler, *flags, "-DPYKERN_NAMESPACE=pykern_native_emulated"]
     link = [*compiler, "-shared", "-fsanitize=address"]
     _make("libpykern_emulator.so", sorted((sources / "emulator").glob("*.cpp")), runtime, [*link, "-ldl"])

@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define PYKERN_ANYWHERE __host__ __device__
+#else
+#define PYKERN_ANYWHERE
+#endif
+
 namespace pykern {
 
 enum class DType { f32, f16, bf16, count };
@@ -20,13 +26,16 @@ struct Rows {
   int64_t stride[kRowDims];
 };
 
-static inline __attribute__((always_inline)) int64_t row_offset(const Rows& rows, int64_t row) {
+// Index: int64_t, or a type whose divisions are cheaper where all rows can be counted in it.
+template <class Index>
+PYKERN_ANYWHERE static inline __attribute__((always_inline)) int64_t row_offset(const Rows& rows, Index row) {
   int64_t offset = 0;
   for (int d = rows.dims - 1; d > 0; --d) {
-    offset += row % rows.size[d] * rows.stride[d];
-    row /= rows.size[d];
+    const Index size = static_cast<Index>(rows.size[d]);
+    offset += static_cast<int64_t>(row % size) * rows.stride[d];
+    row /= size;
   }
-  return offset + row * rows.stride[0];
+  return offset + static_cast<int64_t>(row) * rows.stride[0];
 }
 
 }  // namespace pykern
