@@ -1,0 +1,68 @@
+"""Traffic: what kernels move over what their op must, held to the ops' limits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import INTERPRETED, in_child
+
+import pykern
+from pykern.testing import traffic
+from pykern.testing.cases import backends
+from pykern.testing.inputs import samples
+
+OUTSIDE = Path(__file__).parent / "faults/triton_traffic.py"
+COUNTED = [
+    (name, backend)
+    for name, spec in pykern.catalogue().items()
+    if spec.namespace == "pykern" and spec.gradient is not None and spec.cost is not None
+    for backend in backends(spec, "cpu")
+    if backend in traffic.BACKENDS
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), COUNTED)
+def test_within_the_ops_limits(op, backend):
+    spec = pykern.catalogue()[op]
+    rows = [
+        row
+        for sample in samples(spec, "traffic", "cpu", torch.bfloat16)
+        for row in traffic.measure(spec, backend, sample)
+    ]
+    assert {row.op for row in rows} == {op, f"{op}_backward"}
+    assert not [row for row in rows if not row.within]
+
+
+def region(read: int = 0, written: int = 0, times: int = 1) -> dict[str, int]:
+    return {"read": read * times, "written": written * times, "unique_read": read, "unique_written": written}
+
+
+def test_small_tensors_move_once_and_others_at_every_request():
+    small, large = region(read=100, times=10), region(read=350, written=350, times=2)
+    assert traffic.moved({"regions": {"weight": small, "x": large}}) == 100 + 1400
+    assert traffic.moved({"regions": {"weight": region(read=101, times=10), "x": large}}) == 1010 + 1400
+
+
+class TestInAProcessOfTheirOwn:
+    __test__ = not INTERPRETED
+
+    def test_triton(self):
+        result = in_child(__file__)
+        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+class TestCommand:
+    __test__ = INTERPRETED
+
+    def test_an_op_outside_the_package(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        assert traffic.traffic((str(OUTSIDE),)) == 0
+        assert "1.500" in capsys.readouterr().out
+        names = ("triton_traffic::once", "triton_traffic::twice", "triton_traffic::twice_allowed")
+        assert traffic.traffic(names, check=True) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("triton_traffic::")]
+        assert lines == ["triton_traffic::twice triton 3000 numbers: 1.500 times the cost, the limit is 1.0"]
+
+    def test_no_kernel_to_count(self, capsys):
+        assert traffic.traffic(("attention",)) == 1
+        assert "has a kernel that could be counted here" in capsys.readouterr().out
