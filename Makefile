@@ -53,7 +53,6 @@ bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 bench: $(ready)
 	$(python) -m pytest benchmarks $(ARGS)
 
+# What needs a GPU, in ten minutes at the most; `make gpu ARGS=--dry-run` rehearses it on the CPU.
 gpu: $(ready)
-	@$(python) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no usable GPU here')"
-	$(python) -m pytest tests --device cuda $(ARGS)
-	$(python) -m pytest benchmarks $(ARGS)
+	$(python) -m pykern.testing.gpu $(ARGS)

@@ -44,6 +44,27 @@ def bench(args: list[str]) -> int | None:
     return _with_options("bench", commands.bench, args)
 
 
+def traffic(args: list[str]) -> int | None:
+    """Count what kernels move through memory, over what their ops must move."""
+    from pykern.testing import traffic as module
+
+    return _with_options("traffic", module.traffic, args)
+
+
+def ledger(args: list[str]) -> int | None:
+    """Compile kernels for GPUs that are not here, and compare registers, spills and widths with what is recorded."""
+    from pykern.testing import ledger as module
+
+    return _with_options("ledger", module.ledger, args)
+
+
+def gpu(args: list[str]) -> int | None:
+    """Run what needs a GPU: conformance, tests, sanitizer, repeats, benchmarks."""
+    from pykern.testing.gpu.run import main
+
+    return main(args)
+
+
 def pretrain(args: list[str]) -> None:
     """Train a model on text, or go on with --resume RUN."""
     from pykern.train.config import from_dict, read_config
@@ -104,7 +125,8 @@ def demo(args: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    command.__name__: command for command in (doctor, ops, check, bench, pretrain, grpo, generate, demo)
+    command.__name__: command
+    for command in (doctor, ops, check, ledger, traffic, bench, gpu, pretrain, grpo, generate, demo)
 }
 
 

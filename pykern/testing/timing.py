@@ -25,8 +25,12 @@ def flush_cache(device: torch.device) -> None:
         torch.empty(256 << 20, dtype=torch.int8, device=device).zero_()
 
 
-def seconds(fn: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """The time of one call: by events on a GPU, where the queue is filled first, by the wall clock elsewhere."""
+def seconds(fn: Callable[[], object], device: torch.device, repeats: int = 1, ahead: float = 1e-3) -> float:
+    """The time of one call: by events on a GPU, by the wall clock elsewhere.
+
+    The GPU waits `ahead` seconds first, so that the host has queued all of the call when its first kernel begins: else
+    the gaps between launches are timed.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):
@@ -34,8 +38,7 @@ def seconds(fn: Callable[[], object], device: torch.device, repeats: int = 1) ->
         return (time.perf_counter() - start) / repeats
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush_cache(device)
-    # A millisecond of waiting lets the host run ahead: else the gaps between launches are timed.
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(int(ahead * 2e9))  # cycles, of which there are two billion a second at the most
     start.record()
     for _ in range(repeats):
         fn()
@@ -48,21 +51,36 @@ def interleaved(
     contestants: dict[str, Callable[[], object]], device: torch.device, budget: float = 2.0
 ) -> dict[str, list[float]]:
     """Times of each contestant, one a round; every round runs all of them in an order of its own."""
-    repeats = {}
+    repeats, ahead = {}, {}
     for name, fn in contestants.items():
         fn()
-        once = min(seconds(fn, device) for _ in range(3))
-        repeats[name] = 1 if device.type == "cuda" else max(1, math.ceil(_SLICE / max(once, 1e-9)))
+        if device.type == "cuda":
+            repeats[name], ahead[name] = 1, max(1e-3, 2 * _queueing(fn, device))
+        else:
+            once = min(seconds(fn, device) for _ in range(3))
+            repeats[name], ahead[name] = max(1, math.ceil(_SLICE / max(once, 1e-9))), 0.0
     times: dict[str, list[float]] = {name: [] for name in contestants}
     order, rng = list(contestants), random.Random(0)
     begin = time.perf_counter()
     while len(times[order[0]]) < 7 or time.perf_counter() - begin < budget * len(order):
         rng.shuffle(order)
         for name in order:
-            times[name].append(seconds(contestants[name], device, repeats[name]))
+            times[name].append(seconds(contestants[name], device, repeats[name], ahead[name]))
         if len(times[order[0]]) >= 200:
             break
     return times
+
+
+def _queueing(fn: Callable[[], object], device: torch.device) -> float:
+    """The host's time to queue a call."""
+    found = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        fn()
+        found.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return min(found)
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""What an op is compared with beyond stock torch: torch.compile, and other libraries where they are installed.
+
+A peer takes the op's arguments, returns what the op returns first (and None for a call that it does not cover), and is
+timed only if that is right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykern.ops._spec import OpSpec
+from pykern.testing.inputs import as_tuple, map_tensors
+
+# The library, and what makes the peer from its module. (x, [residual,] weight, [bias,] eps, …) are the op's arguments.
+_Maker = Callable[[Any], Callable[..., Any]]
+
+
+def _liger_layer_norm(module: Any) -> Callable[..., Any]:
+    apply = module.LigerLayerNormFunction.apply
+    return lambda x, weight, bias, eps: None if weight is None or bias is None else apply(x, weight, bias, eps)
+
+
+def _liger_rms_norm(module: Any) -> Callable[..., Any]:
+    apply = module.LigerRMSNormFunction.apply
+
+    def peer(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_before_weight: bool) -> Any:
+        mode = "llama" if round_before_weight else "gemma"
+        # Not in place: that would overwrite the incoming gradient, which the op does not do either.
+        return None if weight is None else apply(x, weight, eps, offset, mode, False)
+
+    return peer
+
+
+def _liger_add_rms_norm(module: Any) -> Callable[..., Any]:
+    apply = module.LigerFusedAddRMSNormFunction.apply
+
+    def peer(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, early: bool) -> Any:
+        return None if weight is None else apply(x, residual, weight, eps, offset, "llama" if early else "gemma", False)
+
+    return peer
+
+
+LIBRARIES: dict[str, dict[str, tuple[str, _Maker]]] = {
+    "layer_norm": {"liger": ("liger_kernel.ops.layer_norm", _liger_layer_norm)},
+    "rms_norm": {"liger": ("liger_kernel.ops.rms_norm", _liger_rms_norm)},
+    "add_rms_norm": {"liger": ("liger_kernel.ops.fused_add_rms_norm", _liger_add_rms_norm)},
+}
+
+
+def libraries() -> dict[str, str]:
+    """Each library's version, or why it is not there."""
+    found = {}
+    for module, _ in (entry for peers in LIBRARIES.values() for entry in peers.values()):
+        package = module.partition(".")[0]
+        try:
+            importlib.import_module(module)
+            found[package] = importlib.metadata.version(package.replace("_", "-"))
+        except Exception as error:  # a library for another version of torch or Triton may fail in any way
+            found[package] = f"not there: {type(error).__name__}: {error}"
+    return found
+
+
+def peers(spec: OpSpec, compiler: str = "inductor") -> dict[str, Callable[..., Any]]:
+    """The op's peers by name; what it declares itself comes first."""
+    found = dict(spec.peers)
+    if "torch" in found:
+        found["torch.compile"] = torch.compile(found["torch"], backend=compiler, dynamic=False)
+    for name, (module, make) in LIBRARIES.get(spec.basename, {}).items() if spec.namespace == "pykern" else ():
+        try:
+            found[name] = make(importlib.import_module(module))
+        except Exception:  # `libraries` says why
+            continue
+    return found
+
+
+def fault(spec: OpSpec, peer: Callable[..., Any], args: Sequence[Any]) -> str | None:
+    """Why a peer is not to be timed on these arguments, or None."""
+    frozen = map_tensors(lambda t: t.detach(), args)
+    try:
+        result = peer(*frozen)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:500]
+    if result is None:
+        return "does not cover this call"
+    right = as_tuple(spec.reference(*frozen))[0].double()
+    error = (as_tuple(result)[0].double() - right).norm() / right.norm()
+    # Wide, since how a peer rounds is its own affair: this is to find one that computes something else.
+    return None if error <= 0.05 else f"differs from the reference by {error:.2g}"
