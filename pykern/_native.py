@@ -16,7 +16,8 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent / "lib"
 LIBRARY = FOLDER / "libpykern_native.so"
-# Elsewhere for `pykern check --sanitize`.
+# Elsewhere for `pykern check --sanitize`, whose libraries are compiled with sanitizers.
+SANITIZED = "PYKERN_EMULATOR_FOLDER" in os.environ
 EMULATOR_FOLDER = Path(os.environ.get("PYKERN_EMULATOR_FOLDER") or FOLDER)
 EMULATOR = EMULATOR_FOLDER / "libpykern_emulator.so"
 EMULATED = EMULATOR_FOLDER / "libpykern_emulated.so"
@@ -63,13 +64,19 @@ def cuda_problem() -> str | None:
     return answer.decode() if answer else None
 
 
-@functools.cache
 def emulator_problem() -> str | None:
-    """Why CUDA kernels do not run on CPU tensors here, or None; loads what runs them."""
-    if not EMULATED.exists():
-        report = build_report() or {}
-        problems = "; ".join(report.get("problems", []))
-        return f"on CPU tensors it is the emulator, which was not built: {problems or 'make install'}"
+    """Why there is no emulator, on which CUDA kernels run for CPU tensors, or None."""
+    if EMULATOR.exists():
+        return None
+    problems = "; ".join((build_report() or {}).get("problems", []))
+    return f"on CPU tensors it is the emulator, which was not built: {problems or 'make install'}"
+
+
+@functools.cache
+def emulated_problem() -> str | None:
+    """Why pykern's CUDA kernels do not run on CPU tensors here, or None; loads them."""
+    if emulator_problem():
+        return emulator_problem()
     try:
         torch.ops.load_library(EMULATED)
     except (OSError, RuntimeError) as error:

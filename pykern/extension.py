@@ -84,6 +84,7 @@ class Library:
         link = ["-Xlinker", "--no-as-needed", *link]
         if emulated:
             link += [f"-L{_native.EMULATOR_FOLDER}", "-lpykern_emulator", f"-Wl,-rpath,{_native.EMULATOR_FOLDER}"]
+            link += ["-fsanitize=address"] if _native.SANITIZED else []
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             objects = []
             for source in self.sources:
@@ -112,7 +113,8 @@ def _command(emulated: bool) -> list[str]:
     includes = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     if emulated:
         cuda = ["-isystem", str(toolchain.cuda_include())]
-        return [*toolchain.find_cxx(), *toolchain.EMULATED_FLAGS, *torch_flags, *cuda, *includes]
+        flags = toolchain.SANITIZED_FLAGS if _native.SANITIZED else toolchain.EMULATED_FLAGS
+        return [*toolchain.find_cxx(), *flags, *torch_flags, *cuda, *includes]
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     arch = f"{capability}a" if capability == "90" else capability
     flags = [*toolchain.NVCC_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]

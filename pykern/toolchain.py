@@ -48,6 +48,7 @@ EMULATOR_FLAGS += ["-fno-semantic-interposition", "-fno-plt"]
 # What the address sanitizer can see instead, in a process that has its library loaded first.
 SANITIZED_FLAGS = [flag for flag in EMULATED_FLAGS if "sanitize=" not in flag and "tsan" not in flag]
 SANITIZED_FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]
+SANITIZED_EMULATOR_FLAGS = [*EMULATOR_FLAGS, "-O1", "-g1", "-fsanitize=address"]
 
 
 def find_program(variable: str, *candidates: str) -> list[str] | None:

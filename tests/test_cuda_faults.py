@@ -99,3 +99,12 @@ def test_the_checks_find(fault: str) -> None:
     check(spec, "cuda", (*args, False))
     with pytest.raises(AssertionError, match=message):
         check(spec, "cuda", (*args, True))
+
+
+def test_every_seeded_fault_is_in_the_docs() -> None:
+    from test_fragments import FAULTS as of_fragments
+    from test_triton_faults import FAULTS as of_triton
+
+    table = (Path(__file__).parents[1] / "docs/what-slips-through.md").read_text()
+    for fault in (*FOUND, *CHECKED, *of_triton, *of_fragments[1:]):
+        assert f"`{fault}`" in table, fault

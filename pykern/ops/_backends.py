@@ -89,7 +89,7 @@ class _Native(Kernel):
         from pykern import _native
 
         if self._backend == "cuda" and device_type in ("cpu", "cuda"):
-            return _native.emulator_problem() if device_type == "cpu" else _native.cuda_problem()
+            return _native.emulated_problem() if device_type == "cpu" else _native.cuda_problem()
         if device_type != self._backend:
             return f"serves {self._backend.upper()} tensors, not {device_type}"
         return _native.reason

@@ -1,13 +1,13 @@
 """The residual added, then layer norm or RMS norm of the sum: one pass over memory instead of two."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._spec import Sample, define, define_backward
+from pykern.ops._spec import define, define_backward
 from pykern.ops.norm import (
     check_like,
     check_norm,
@@ -17,11 +17,16 @@ from pykern.ops.norm import (
     kernels,
     layer_norm_reference,
     norm_cost,
-    norm_inputs,
     rms_norm_oracle,
     rms_norm_reference,
     round_through,
     torch_rms_norm,
+)
+from pykern.ops.norm_samples import (
+    add_layer_norm_bad,
+    add_layer_norm_samples,
+    add_rms_norm_bad,
+    add_rms_norm_samples,
 )
 
 
@@ -63,49 +68,6 @@ def _check_backward(dy: Tensor | None, dsummed: Tensor | None, summed: Tensor, *
     check_like("dsummed", dsummed, summed, summed.shape, (summed.dtype,))
     for name, statistic in statistics.items():
         check_like(name, statistic, summed, summed.shape[:-1], (torch.float32, torch.float64))
-
-
-def _pairs(kind: str, make: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name, x in norm_inputs(kind, make):
-        yield name, x, make(*x.shape)
-    if kind in ("smoke", "full"):
-        yield "residual elements apart", make(6, 40), make(40, 6).t()
-        yield "frozen residual", make(5, 32), make(5, 32, grad=False)
-
-
-def _layer_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
-    for name, x, residual in _pairs(kind, make):
-        yield Sample(name, (x, residual, make(x.shape[-1]), make(x.shape[-1]), 1e-5))
-    if kind in ("smoke", "full"):
-        yield Sample("no parameters", (make(5, 33), make(5, 33), None, None, 1e-5))
-        yield Sample("frozen parameters", (make(5, 32), make(5, 32), make(32, grad=False), make(32, grad=False), 1e-5))
-
-
-def _rms_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
-    for name, x, residual in _pairs(kind, make):
-        yield Sample(name, (x, residual, make(x.shape[-1]), 1e-6, 0.0, False))
-    if kind in ("smoke", "full"):
-        yield Sample("no weight", (make(5, 33), make(5, 33), None, 1e-5, 0.0, False))
-        yield Sample("gemma", (make(5, 33), make(5, 33), make(33), 1e-6, 1.0, False))
-        yield Sample("llama", (make(5, 33), make(5, 33), make(33), 1e-6, 0.0, True))
-
-
-def _layer_norm_bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    x = make(4, 8)
-    yield "shape", (x, make(3, 8), None, None, 1e-5), ValueError, r"residual: expected shape \(4, 8\), got \(3, 8\)"
-    yield "dtype", (x, x.double(), None, None, 1e-5), TypeError, "residual: expected dtype .* got torch.float64"
-    yield "weight", (x, x, make(9), None, 1e-5), ValueError, r"weight: expected shape \(8,\), got \(9,\)"
-
-
-def _rms_norm_bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    x = make(4, 8)
-    yield (
-        "shape",
-        (x, make(3, 8), None, 1e-5, 0.0, False),
-        ValueError,
-        r"residual: expected shape \(4, 8\), got \(3, 8\)",
-    )
-    yield "weight", (x, x, make(9), 1e-5, 0.0, False), ValueError, r"weight: expected shape \(8,\), got \(9,\)"
 
 
 # The kernels need only the sum, so only the sum is kept: the backward differentiates the norm of `summed`, and its
@@ -153,8 +115,8 @@ _add_layer_norm = define(
     backward=_add_layer_norm_backward,
     tied={"residual": "x"},
     autocast=dict.fromkeys(("x", "residual", "weight", "bias"), torch.float32),
-    samples=_layer_norm_samples,
-    bad=_layer_norm_bad,
+    samples=add_layer_norm_samples,
+    bad=add_layer_norm_bad,
     cost=lambda x, residual, weight, bias, eps: norm_cost(x, 4, 2, weight, bias),
     peers={"torch": _torch_add_layer_norm},
     oracle=_layer_norm_oracle,
@@ -192,8 +154,8 @@ _add_rms_norm = define(
     backward=_add_rms_norm_backward,
     tied={"residual": "x"},
     autocast=dict.fromkeys(("x", "residual", "weight"), torch.float32),
-    samples=_rms_norm_samples,
-    bad=_rms_norm_bad,
+    samples=add_rms_norm_samples,
+    bad=add_rms_norm_bad,
     cost=lambda x, residual, weight, *_: norm_cost(x, 4, 1, weight),
     peers={"torch": _torch_add_rms_norm},
     oracle=_rms_norm_oracle,

@@ -16,7 +16,8 @@ from rich.table import Table
 from tyro.conf import Positional
 
 import pykern
-from pykern.ops._backends import unavailable
+from pykern import _native
+from pykern.ops._backends import is_emulation, unavailable
 from pykern.ops._spec import OpSpec
 
 
@@ -30,7 +31,8 @@ def ops(markdown: bool = False) -> int:
     for name, spec in forward_ops().items():
         console.print(f"[bold]{name}[/]")
         for backend, kernel in spec.backends.items():
-            console.print(f"  {backend}: {unavailable(backend, kernel, device) or 'ready'}")
+            ready = "emulated, when forced" if is_emulation(backend, device) else "ready"
+            console.print(f"  {backend}: {unavailable(backend, kernel, device) or ready}")
         console.print("  reference: ready")
     return 0
 
@@ -55,15 +57,16 @@ def check(
     """
     from pykern.testing.cases import cases
 
-    if sanitize and "PYKERN_EMULATOR_FOLDER" not in os.environ:
+    names = resolve(targets)
+    if sanitize and not _native.SANITIZED:
         from pykern.testing.sanitize import environment
 
         if (backend or "cuda", device) != ("cuda", "cpu"):
             sys.exit(f"error: sanitize: works on backend cuda and device cpu, got {backend} and {device}")
         # The sanitizer's library has to be the first one that the process loads.
         command = [sys.executable, "-m", "pykern.cli", "check", *targets, "--kind", kind, "--backend", "cuda"]
-        return subprocess.run([*command, "--sanitize"], env={**os.environ, **environment()}, check=False).returncode
-    names = resolve(targets)
+        own = any(pykern.catalogue()[name].namespace == "pykern" for name in names)
+        return subprocess.run([*command, "--sanitize"], env={**os.environ, **environment(own)}, check=False).returncode
     console = Console()
     table = Table("op", "backend", "check", "passed", "failed")
     failures, totals = [], {}

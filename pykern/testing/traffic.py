@@ -80,20 +80,20 @@ def moved(launch: dict[str, Any]) -> float:
     )
 
 
-def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str = "bfloat16", check: bool = False) -> int:
+def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str | None = None, check: bool = False) -> int:
     """Prints the bytes that kernels move over those that their op must, and tensor-core flops likewise.
 
     Args:
         targets: ops by name, and Python files outside the package that declare some; all that have a Triton or CUDA
             kernel by default.
-        dtype: of the samples' floats, a torch dtype by name.
+        dtype: of the samples' floats, a torch dtype by name; bfloat16 by default, float32 for a kernel without it.
         check: fail where an op moves more than its limit.
     """
     from pykern.testing.commands import interpreting, resolve
 
     names = [n for n in resolve(targets) if any(b in pykern.catalogue()[n].backends for b in BACKENDS)]
-    rows = list(_rows(names, getattr(torch, dtype)))
-    console = Console()
+    rows = list(_rows(names, (dtype,) if dtype else ("bfloat16", "float32")))
+    console = Console() if sys.stdout.isatty() else Console(width=int(os.environ.get("COLUMNS", 140)))
     if rows:
         console.print(_table(rows))
     failures = [row for row in rows if check and not row.within]
@@ -103,7 +103,8 @@ def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str = "bfloat16", 
     code = 1 if failures else 0
     if not interpreting() and any("triton" in pykern.catalogue()[n].backends for n in names):
         # The interpreter has to be chosen before triton is imported, hence a process of its own.
-        command = [sys.executable, "-m", "pykern.cli", "traffic", *targets, "--dtype", dtype]
+        command = [sys.executable, "-m", "pykern.cli", "traffic", *targets]
+        command += ["--dtype", dtype] if dtype else []
         command += ["--check"] if check else []
         code |= subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     elif not rows:
@@ -112,15 +113,23 @@ def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str = "bfloat16", 
     return code
 
 
-def _rows(names: Sequence[str], dtype: torch.dtype) -> Iterator[Row]:
+def _rows(names: Sequence[str], dtypes: Sequence[str]) -> Iterator[Row]:
+    """In the first of the dtypes that a backend serves."""
     from pykern.testing.cases import backends
 
     for name in names:
         spec = pykern.catalogue()[name]
-        for backend in (b for b in backends(spec, "cpu") if b in BACKENDS):
-            for sample in samples(spec, "traffic", "cpu", dtype):
-                if spec.cost is not None and spec.why_not(backend, sample.args) is None:
+        for backend in (b for b in backends(spec, "cpu") if b in BACKENDS and spec.cost is not None):
+            for dtype in dtypes:
+                found = [
+                    sample
+                    for sample in samples(spec, "traffic", "cpu", getattr(torch, dtype))
+                    if spec.why_not(backend, sample.args) is None and spec.cost(*sample.args)[1] > 0
+                ]
+                for sample in found:
                     yield from measure(spec, backend, sample)
+                if found:
+                    break
 
 
 def _count(spec: OpSpec, backend: str, sample: str, args: Sequence[Any], limit: float) -> Row:
@@ -157,8 +166,9 @@ def _counted(backend: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def _table(rows: Sequence[Row]) -> Table:
+    flops = ("tensor flops × cost",) if any(row.flops for row in rows) else ()
     table = Table("op", "backend", "sample")
-    for column in ("KiB moved", "× cost", "limit", "requested × cost", "of its sectors", "tensor flops × cost"):
+    for column in ("KiB moved", "× cost", "limit", "requested × cost", "of its sectors", *flops):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -170,6 +180,6 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.limit:g}",
             f"{row.requested / row.cost_bytes:.3f}",
             "" if row.sectors is None else f"{row.sectors:.0%}",
-            f"{row.flops / row.cost_flops:.3f}" if row.flops else "",
+            *([f"{row.flops / row.cost_flops:.3f}" if row.flops else ""] if flops else []),
         )
     return table
