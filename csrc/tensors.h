@@ -53,7 +53,7 @@ inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_d
       sizes.size(), sizes.data(), strides.data(), torch_code(dtype), device_type, index, &handle));
   Tensor out(handle);
   // All bits set are NaN in every float type.
-  if (poison_memory && device_type == aoti_torch_device_type_cpu())
+  if (poison_memory && device_type == aoti_torch_device_type_cpu() && out.numel() > 0)
     std::memset(out.data_ptr(), 0xff, out.numel() * out.element_size());
   return out;
 }

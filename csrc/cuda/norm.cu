@@ -1,42 +1,18 @@
-// LayerNorm and RMSNorm on NVIDIA GPUs: checks, memory, the choice of kernels. The arithmetic is in norm.cuh.
+// LayerNorm and RMSNorm on NVIDIA GPUs: memory, the choice of kernels. The arithmetic is in norm.cuh.
 
 #include <pykern/norm.cuh>
 #include <pykern/norm_backward.cuh>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <vector>
 
+#include "../norm_ops.h"
 #include "launch.h"
 
 namespace pykern {
 namespace {
-
-using Optional = std::optional<Tensor>;
-
-void check_same(const Tensor& t, const char* name, const Tensor& x, const char* x_name) {
-  const Sizes a = t.sizes(), b = x.sizes();
-  STD_TORCH_CHECK(
-      a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), name, " must have the shape of ", x_name);
-  STD_TORCH_CHECK(dtype_of(t, name) == dtype_of(x, x_name), name, " must have the dtype of ", x_name);
-}
-
-struct Shape {
-  explicit Shape(const Tensor& x) : sizes(x.sizes()), dtype(dtype_of(x, "x")) {
-    STD_TORCH_CHECK(sizes.size() > 0, "x must have at least one dimension");
-    const int64_t last = sizes[sizes.size() - 1];
-    STD_TORCH_CHECK(last <= 1 << 30, "rows of x may have up to 2^30 elements, not ", last);
-    n = static_cast<int>(last);
-    for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
-  }
-  Sizes leading() const { return Sizes(sizes.data(), sizes.size() - 1); }
-  int element_size() const { return dtype == DType::f32 ? 4 : 2; }
-
-  Sizes sizes;  // borrowed from x
-  DType dtype;
-  int n;
-  int64_t rows = 1;
-};
 
 // How kernels are cut. Plans depend on shapes and the device alone, so that sums are always added in the same order.
 
@@ -158,12 +134,11 @@ auto by_kind(DType dtype, bool centred, const Choose& choose) {
 
 // What kernels read, as they read it.
 
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 // Weight and bias, contiguous and of one type: where they differ, the narrower one is made fp32.
 class Parameters {
  public:
-  Parameters(const Device& device, const Shape& shape, const Optional& weight, const Optional& bias, double offset) {
+  Parameters(
+      const Device& device, const NormShape& shape, const Optional& weight, const Optional& bias, double offset) {
     for (const Optional* given : {&weight, &bias})
       wide_ |= *given && dtype_of(**given, given == &weight ? "weight" : "bias") == DType::f32;
     args = {take(device, shape, weight, "weight"), take(device, shape, bias, "bias"), wide_,
@@ -177,16 +152,15 @@ class Parameters {
  private:
   static bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-  const void* take(const Device& device, const Shape& shape, const Optional& given, const char* name) {
+  const void* take(const Device& device, const NormShape& shape, const Optional& given, const char* name) {
     if (!given) return nullptr;
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == shape.n, name, " must have shape (", shape.n, ",)");
     const DType dtype = dtype_of(*given, name);
     STD_TORCH_CHECK(dtype == DType::f32 || dtype == shape.dtype, name, " must be float32 or of x's dtype");
     if (wide_ && dtype != DType::f32) {
       Tensor& copy = kept_.emplace_back(device.empty(given->sizes(), DType::f32));
       torch::stable::copy_(copy, *given);
     } else {
-      kept_.push_back(as_contiguous(*given));
+      kept_.push_back(given->is_contiguous() ? *given : torch::stable::contiguous(*given));
     }
     return device.in(kept_.back(), name);
   }
@@ -198,7 +172,7 @@ class Parameters {
 // The rows of the activations of one call, and whether all of them can be moved 16 bytes at a time.
 class Activations {
  public:
-  Activations(const Device& device, const Shape& shape)
+  Activations(const Device& device, const NormShape& shape)
       : device_(device), shape_(shape), wide_(shape.n > 0 && shape.n % (16 / shape.element_size()) == 0) {}
 
   Rows in(const Tensor& t, const char* name) {
@@ -217,7 +191,7 @@ class Activations {
 
  private:
   const Device& device_;
-  const Shape& shape_;
+  const NormShape& shape_;
   bool wide_;
   std::vector<RowsOf> kept_;
 };
@@ -226,85 +200,8 @@ float* statistic(const Device& device, const Tensor& t, const char* name) {
   return static_cast<float*>(device.out(t, name));
 }
 
-struct Forward {
-  Tensor y, rstd;
-  Optional summed, mean;
-};
-
-Forward forward(
-    bool centred, const Tensor& x, const Tensor* residual, const Optional& weight, const Optional& bias, double eps,
-    double weight_offset, bool round_before_weight) {
-  const Shape shape(x);
-  if (residual) check_same(*residual, "residual", x, "x");
-  const Device device(x);
-  Forward out = {device.empty(shape.sizes, shape.dtype), device.empty(shape.leading(), DType::f32), {}, {}};
-  if (residual) out.summed = device.empty(shape.sizes, shape.dtype);
-  if (centred) out.mean = device.empty(shape.leading(), DType::f32);
-  if (shape.rows == 0) return out;
-
-  const Parameters parameters(device, shape, weight, bias, weight_offset);
-  Activations activations(device, shape);
-  NormForwardArgs args = {};
-  args.x = activations.in(x, "x");
-  if (residual) args.residual = activations.in(*residual, "residual");
-  if (residual) args.summed = device.out(*out.summed, "summed");
-  args.parameters = parameters.args;
-  args.y = device.out(out.y, "y");
-  if (centred) args.mean = statistic(device, *out.mean, "mean");
-  args.rstd = statistic(device, out.rstd, "rstd");
-  args.rows = shape.rows;
-  args.n = shape.n;
-  args.eps = static_cast<float>(eps);
-  args.round_before_weight = round_before_weight;
-
-  const int width = activations.width(parameters.wide_accesses);
-  const ForwardPlan plan = forward_plan(shape.n, width, shape.element_size(), device.shared_bytes());
-  args.team = plan.team;
-  args.cached = plan.cached;
-  const auto kernel = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
-    using T = decltype(type);
-    return residual ? forward_kernel<T, kind.value, true>(width, plan.fits)
-                    : forward_kernel<T, kind.value, false>(width, plan.fits);
-  });
-  const int64_t teams = plan.threads / plan.team;
-  const int64_t blocks = (shape.rows + teams - 1) / teams;
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "x has too many rows for one launch: ", shape.rows);
-  device.launch(
-      kernel, dim3(static_cast<unsigned>(blocks)), dim3(plan.threads),
-      static_cast<size_t>(plan.cached) * width * shape.element_size(), args);
-  return out;
-}
-
-// dx, dweight, dbias; undefined where not wanted.
-using Gradients = std::array<Tensor, 3>;
-
-// With no gradient of y there is only that of the sum to hand on.
-Gradients pass_on(
-    const Device& device, const Shape& shape, const Optional& dsummed,
-    const std::array<const Optional*, 2>& params, const std::array<bool, 3>& wanted) {
-  Gradients out;
-  if (wanted[0]) {
-    out[0] = device.empty(shape.sizes, shape.dtype);
-    if (dsummed) torch::stable::copy_(out[0], *dsummed);
-    else torch::stable::zero_(out[0]);
-  }
-  for (int i = 0; i < 2; ++i) {
-    if (!wanted[i + 1]) continue;
-    out[i + 1] = device.empty((*params[i])->sizes(), dtype_of(**params[i], i ? "bias" : "weight"));
-    torch::stable::zero_(out[i + 1]);
-  }
-  return out;
-}
-
-// A statistic that a forward returned: one float a row.
-Tensor checked_statistic(const Tensor& given, const char* name, const Shape& shape) {
-  STD_TORCH_CHECK(
-      dtype_of(given, name) == DType::f32 && given.numel() == shape.rows, name, " must be float32, one a row");
-  return as_contiguous(given);
-}
-
 // Adds up the rows of partial sums, (2, programs, n), into the gradients that are wanted.
-void reduce(const Device& device, const Tensor& partials, int programs, int n, Gradients& out) {
+void reduce(const Device& device, const Tensor& partials, int programs, int n, const NormGradients& out) {
   const float* const sums = static_cast<const float*>(device.in(partials, "partial sums"));
   std::vector<PartialSums> gradients;
   std::vector<DType> dtypes;
@@ -324,140 +221,109 @@ void reduce(const Device& device, const Tensor& partials, int programs, int n, G
   }
 }
 
-Gradients backward(
-    bool centred, const Optional& dy, const Optional& dsummed, const Tensor& x, const Optional& weight,
-    const Optional& bias, double weight_offset, const Tensor* mean, const Tensor& rstd, std::array<bool, 3> wanted) {
-  wanted[1] = wanted[1] && weight;
-  wanted[2] = wanted[2] && bias;
-  if (!wanted[0] && !wanted[1] && !wanted[2]) return {};
-  const Shape shape(x);
-  const Device device(x);
-  if (dsummed) check_same(*dsummed, "dsummed", x, "x");
-  if (dy) check_same(*dy, "dy", x, "x");
-  if (!dy || shape.rows == 0 || shape.n == 0) return pass_on(device, shape, dsummed, {&weight, &bias}, wanted);
-
-  const Parameters parameters(device, shape, weight, {}, weight_offset);
-  Activations activations(device, shape);
-  const Tensor rstd_of_row = checked_statistic(rstd, "rstd", shape);
-  Optional mean_of_row;
-  if (centred) mean_of_row = checked_statistic(*mean, "mean", shape);
-  Gradients out;
-  NormBackwardArgs args = {};
-  args.dy = activations.in(*dy, "dy");
-  args.x = activations.in(x, "x");
-  if (dsummed && wanted[0]) args.dsummed = activations.in(*dsummed, "dsummed");
-  args.parameters = parameters.args;
-  if (centred) args.mean = static_cast<const float*>(device.in(*mean_of_row, "mean"));
-  args.rstd = static_cast<const float*>(device.in(rstd_of_row, "rstd"));
-  args.rows = shape.rows;
-  args.n = shape.n;
-  if (wanted[0]) {
-    out[0] = device.empty(shape.sizes, shape.dtype);
-    args.dx = device.out(out[0], "dx");
+struct CudaNorm {
+  explicit CudaNorm(const Tensor& x) : shape(x), device(x) {
+    STD_TORCH_CHECK(shape.n <= 1 << 30, "rows of x may have up to 2^30 elements, not ", shape.n);
   }
 
-  const int width = activations.width(parameters.wide_accesses);
-  const int gradients = wanted[1] + wanted[2], multiprocessors = device.multiprocessors();
-  const BackwardPlan plan =
-      backward_plan(shape.rows, shape.n, width, wanted[0], gradients, multiprocessors, device.shared_bytes());
-  args.team = plan.team;
-  const auto kernel = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
-    return backward_kernel<decltype(type), kind.value>(width, plan.sums_in);
-  });
-  const int programs = backward_programs(
-      plan, shape.rows, (2 + wanted[0]) * shape.element_size(), gradients,
-      device.blocks_per_multiprocessor(kernel, plan.threads, plan.shared), multiprocessors);
+  Tensor empty(Sizes sizes, DType dtype) const { return device.empty(sizes, dtype); }
 
-  Optional partials, projections;
-  if (gradients > 0) {
-    const std::array<int64_t, 3> sizes = {gradients, programs, shape.n};
-    partials = device.empty(Sizes(sizes.data(), sizes.size()), DType::f32);
-    float* sums = static_cast<float*>(device.out(*partials, "partial sums"));
-    for (int i = 0; i < 2; ++i) {
-      if (!wanted[i + 1]) continue;
-      out[i + 1] = device.empty(Sizes(&sizes[2], 1), dtype_of(i ? *bias : *weight, i ? "bias" : "weight"));
-      (i ? args.dbias : args.dweight) = sums;
-      sums += static_cast<int64_t>(programs) * shape.n;
-    }
-  }
-  if (plan.tiles > 1 && wanted[0]) {
-    const std::array<int64_t, 2> sizes = {shape.rows, 2};
-    projections = device.empty(Sizes(sizes.data(), sizes.size()), DType::f32);
-    args.projections = static_cast<float*>(device.out(*projections, "projections"));
-    const auto first = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
-      return projections_kernel<decltype(type), kind.value>(width);
+  void forward(
+      const Tensor& x, const Tensor* residual, const Optional& weight, const Optional& bias, double eps,
+      double weight_offset, bool round_before_weight, const NormOutputs& out) const {
+    const bool centred = out.mean.has_value();
+    const int n = static_cast<int>(shape.n);
+    const Parameters parameters(device, shape, weight, bias, weight_offset);
+    Activations activations(device, shape);
+    NormForwardArgs args = {};
+    args.x = activations.in(x, "x");
+    if (residual) args.residual = activations.in(*residual, "residual");
+    if (residual) args.summed = device.out(*out.summed, "summed");
+    args.parameters = parameters.args;
+    args.y = device.out(out.y, "y");
+    if (centred) args.mean = statistic(device, *out.mean, "mean");
+    args.rstd = statistic(device, out.rstd, "rstd");
+    args.rows = shape.rows;
+    args.n = n;
+    args.eps = static_cast<float>(eps);
+    args.round_before_weight = round_before_weight;
+
+    const int width = activations.width(parameters.wide_accesses);
+    const ForwardPlan plan = forward_plan(n, width, shape.element_size(), device.shared_bytes());
+    args.team = plan.team;
+    args.cached = plan.cached;
+    const auto kernel = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
+      using T = decltype(type);
+      return residual ? forward_kernel<T, kind.value, true>(width, plan.fits)
+                      : forward_kernel<T, kind.value, false>(width, plan.fits);
     });
-    device.launch(first, dim3(static_cast<unsigned>(shape.rows)), dim3(kBackwardThreads), 0, args);
+    const int64_t teams = plan.threads / plan.team;
+    const int64_t blocks = (shape.rows + teams - 1) / teams;
+    STD_TORCH_CHECK(blocks < int64_t{1} << 31, "x has too many rows for one launch: ", shape.rows);
+    device.launch(
+        kernel, dim3(static_cast<unsigned>(blocks)), dim3(plan.threads),
+        static_cast<size_t>(plan.cached) * width * shape.element_size(), args);
   }
-  device.launch(kernel, dim3(programs, plan.tiles), dim3(plan.threads), plan.shared, args);
-  if (gradients > 0) reduce(device, *partials, programs, shape.n, out);
-  return out;
-}
 
-std::array<bool, 3> mask(const std::vector<bool>& given) { return {given[0], given[1], given.size() > 2 && given[2]}; }
+  void backward(
+      const Tensor& dy, const Optional& dsummed, const Tensor& x, const Optional& weight, double weight_offset,
+      const Optional& mean, const Tensor& rstd, const NormGradients& out) const {
+    const bool centred = mean.has_value(), wants_dx = out[0].defined();
+    const int n = static_cast<int>(shape.n);
+    const Parameters parameters(device, shape, weight, {}, weight_offset);
+    Activations activations(device, shape);
+    NormBackwardArgs args = {};
+    args.dy = activations.in(dy, "dy");
+    args.x = activations.in(x, "x");
+    if (dsummed && wants_dx) args.dsummed = activations.in(*dsummed, "dsummed");
+    args.parameters = parameters.args;
+    if (centred) args.mean = static_cast<const float*>(device.in(*mean, "mean"));
+    args.rstd = static_cast<const float*>(device.in(rstd, "rstd"));
+    args.rows = shape.rows;
+    args.n = n;
+    if (wants_dx) args.dx = device.out(out[0], "dx");
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(
-    const Tensor& x, const Optional& weight, const Optional& bias, double eps) {
-  const Forward out = forward(true, x, nullptr, weight, bias, eps, 0, false);
-  return {out.y, *out.mean, out.rstd};
-}
+    const int width = activations.width(parameters.wide_accesses);
+    const int gradients = out[1].defined() + out[2].defined(), multiprocessors = device.multiprocessors();
+    const BackwardPlan plan =
+        backward_plan(shape.rows, n, width, wants_dx, gradients, multiprocessors, device.shared_bytes());
+    args.team = plan.team;
+    const auto kernel = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
+      return backward_kernel<decltype(type), kind.value>(width, plan.sums_in);
+    });
+    const int programs = backward_programs(
+        plan, shape.rows, (2 + wants_dx) * shape.element_size(), gradients,
+        device.blocks_per_multiprocessor(kernel, plan.threads, plan.shared), multiprocessors);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    const Tensor& x, const Tensor& residual, const Optional& weight, const Optional& bias, double eps) {
-  const Forward out = forward(true, x, &residual, weight, bias, eps, 0, false);
-  return {out.y, *out.summed, *out.mean, out.rstd};
-}
+    Optional partials, projections;
+    if (gradients > 0) {
+      const std::array<int64_t, 3> sizes = {gradients, programs, n};
+      partials = device.empty(Sizes(sizes.data(), sizes.size()), DType::f32);
+      float* sums = static_cast<float*>(device.out(*partials, "partial sums"));
+      for (int i = 1; i < 3; ++i) {
+        if (!out[i].defined()) continue;
+        (i == 1 ? args.dweight : args.dbias) = sums;
+        sums += static_cast<int64_t>(programs) * n;
+      }
+    }
+    if (plan.tiles > 1 && wants_dx) {
+      const std::array<int64_t, 2> sizes = {shape.rows, 2};
+      projections = device.empty(Sizes(sizes.data(), sizes.size()), DType::f32);
+      args.projections = static_cast<float*>(device.out(*projections, "projections"));
+      const auto first = by_kind(shape.dtype, centred, [&](auto type, auto kind) {
+        return projections_kernel<decltype(type), kind.value>(width);
+      });
+      device.launch(first, dim3(static_cast<unsigned>(shape.rows)), dim3(kBackwardThreads), 0, args);
+    }
+    device.launch(kernel, dim3(programs, plan.tiles), dim3(plan.threads), plan.shared, args);
+    if (gradients > 0) reduce(device, *partials, programs, n, out);
+  }
 
-std::tuple<Tensor, Tensor> rms_norm(
-    const Tensor& x, const Optional& weight, double eps, double weight_offset, bool round_before_weight) {
-  const Forward out = forward(false, x, nullptr, weight, {}, eps, weight_offset, round_before_weight);
-  return {out.y, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(
-    const Tensor& x, const Tensor& residual, const Optional& weight, double eps, double weight_offset,
-    bool round_before_weight) {
-  const Forward out = forward(false, x, &residual, weight, {}, eps, weight_offset, round_before_weight);
-  return {out.y, *out.summed, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Optional& dy, const Optional& dsummed, const Tensor& summed, const Optional& weight, const Optional& bias,
-    double, const Tensor& mean, const Tensor& rstd, const std::vector<bool>& output_mask) {
-  const Gradients out = backward(true, dy, dsummed, summed, weight, bias, 0, &mean, rstd, mask(output_mask));
-  return {out[0], out[1], out[2]};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Optional& dy, const Tensor& x, const Optional& weight, const Optional& bias, double eps, const Tensor& mean,
-    const Tensor& rstd, const std::vector<bool>& output_mask) {
-  return add_layer_norm_backward(dy, {}, x, weight, bias, eps, mean, rstd, output_mask);
-}
-
-std::tuple<Tensor, Tensor> add_rms_norm_backward(
-    const Optional& dy, const Optional& dsummed, const Tensor& summed, const Optional& weight, double,
-    double weight_offset, bool, const Tensor& rstd, const std::vector<bool>& output_mask) {
-  const Gradients out =
-      backward(false, dy, dsummed, summed, weight, {}, weight_offset, nullptr, rstd, mask(output_mask));
-  return {out[0], out[1]};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(
-    const Optional& dy, const Tensor& x, const Optional& weight, double eps, double weight_offset,
-    bool round_before_weight, const Tensor& rstd, const std::vector<bool>& output_mask) {
-  return add_rms_norm_backward(dy, {}, x, weight, eps, weight_offset, round_before_weight, rstd, output_mask);
-}
+  const NormShape shape;
+  const Device device;
+};
 
 }  // namespace
 }  // namespace pykern
 
-PYKERN_KERNELS(m) {
-  m.impl("layer_norm", TORCH_BOX(&pykern::layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&pykern::layer_norm_backward));
-  m.impl("rms_norm", TORCH_BOX(&pykern::rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&pykern::rms_norm_backward));
-  m.impl("add_layer_norm", TORCH_BOX(&pykern::add_layer_norm));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&pykern::add_layer_norm_backward));
-  m.impl("add_rms_norm", TORCH_BOX(&pykern::add_rms_norm));
-  m.impl("add_rms_norm_backward", TORCH_BOX(&pykern::add_rms_norm_backward));
-}
+PYKERN_KERNELS(m) { pykern::NormOps<pykern::CudaNorm>::register_in(m); }

@@ -289,8 +289,8 @@ __device__ void store_long_row(
 }
 
 // Rows that are too long for registers: a block of kForwardThreads each. A thread meets only its own packs, in shared
-// and in global memory, so nothing but the sums needs a barrier. One block a multiprocessor is said to be enough, or the
-// compiler spills to fit two.
+// and in global memory, so nothing but the sums needs a barrier. One block a multiprocessor is said to be enough, or
+// the compiler spills to fit two.
 template <class T, bool kCentred, bool kAdds, int kWidth>
 __global__ void __launch_bounds__(kForwardThreads, 1) norm_forward_long(const NormForwardArgs a) {
   Team team(blockDim.x);
