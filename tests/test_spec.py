@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pykern
 from pykern import ops
 from pykern.ops._spec import OpSpec, define, define_backward
+from pykern.testing import checks
 
 SCALE = "spec_test::scale(Tensor x, float factor, *, str? backend=None) -> (Tensor y)"
 
@@ -283,3 +284,21 @@ def test_tangents_pass_through_a_backward() -> None:
         tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
     expected = torch.autograd.grad(y, x, dy.cos())[0]  # the gradient is linear in dy
     assert (tangent - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_an_offset_that_wraps_is_noticed() -> None:
+    def wrapping(x: torch.Tensor) -> torch.Tensor:
+        offsets = [i * x.stride(0) + torch.arange(x.shape[1]) for i in range(x.shape[0])]
+        low = torch.stack(offsets).to(torch.int32).long() % 2**31  # what 32 bits leave of them
+        return x.as_strided((2**31,), (1,))[low] if x.stride(0) > 100 else x.clone()
+
+    spec = define(
+        "pykern_test::wrapping(Tensor x, *, str? backend=None) -> (Tensor y)",
+        reference=lambda x: x.clone(),
+        fake=lambda x: x.new_empty(x.shape),
+        backends={"cpu": wrapping},
+    )
+    x = torch.randn(3, 5)
+    checks.check_far(spec, "reference", [x])
+    with pytest.raises(AssertionError, match="strided arguments change the result"):
+        checks.check_far(spec, "cpu", [x])

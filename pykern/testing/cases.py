@@ -28,6 +28,7 @@ ONCE = {
     "statistics": checks.check_statistics,
     "autocast": checks.check_autocast,
     "second": checks.check_second,
+    "far": checks.check_far,
 }
 
 

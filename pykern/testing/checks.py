@@ -17,7 +17,7 @@ from pykern.ops._backends import BackendError, backend
 from pykern.testing import emulator
 from pykern.testing.accuracy import check_close
 from pykern.testing.guards import poisoned, unwritten
-from pykern.testing.inputs import as_tuple, differentiable, fresh, map_tensors, scattered
+from pykern.testing.inputs import as_tuple, differentiable, far, fresh, map_tensors, scattered
 
 if TYPE_CHECKING:
     from pykern.ops._spec import OpSpec
@@ -136,13 +136,23 @@ def check_orders(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
 
 def check_strides(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
     """Arguments with gaps between their elements give the same bits as contiguous ones."""
+    _check_layout(spec, name, args, scattered(args), spread=True)
+
+
+def check_far(spec: OpSpec, name: str, args: Sequence[Any]) -> None:
+    """So does an argument whose last row lies more than 2³¹ elements behind its first."""
+    apart = far(args)
+    if apart is not None:
+        _check_layout(spec, name, args, apart)
+
+
+def _check_layout(spec: OpSpec, name: str, args: Sequence[Any], other: list[Any], spread: bool = False) -> None:
     packed = map_tensors(lambda t: t.detach().contiguous().requires_grad_(t.requires_grad), args)
-    spread = scattered(args)
-    a, b = call(spec, name, packed), call(spec, name, spread)
-    results = (*a, *gradients(a, packed)), (*b, *gradients(b, spread, spread=True))
-    for one, other in zip(*results, strict=True):
-        assert same_bits(one, other), "strided arguments change the result"
-        assert one.stride() == other.stride(), "strided arguments change the strides of the result"
+    a, b = call(spec, name, packed), call(spec, name, other)
+    results = (*a, *gradients(a, packed)), (*b, *gradients(b, other, spread=spread))
+    for one, two in zip(*results, strict=True):
+        assert same_bits(one, two), "strided arguments change the result"
+        assert one.stride() == two.stride(), "strided arguments change the strides of the result"
 
 
 def check_frozen(spec: OpSpec, name: str, args: Sequence[Any]) -> None:

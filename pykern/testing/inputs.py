@@ -74,6 +74,24 @@ def scattered(args: Sequence[Any]) -> list[Any]:
     return map_tensors(spread, args)
 
 
+def far(args: Sequence[Any]) -> list[Any] | None:
+    """The same values, with 2³¹ elements and more from the first to the last row of the first floats that have rows.
+
+    The memory between the rows is never touched, so it takes no room. None where no argument has rows.
+    """
+    chosen = next(
+        (t for t in args if isinstance(t, Tensor) and t.is_floating_point() and t.dim() > 1 and t.shape[0] > 1), None
+    )
+    if chosen is None or chosen.numel() == 0:
+        return None
+    inner = chosen[0].numel()
+    apart = 2**31 // (chosen.shape[0] - 1) + inner
+    memory = torch.empty((chosen.shape[0] - 1) * apart + inner, dtype=chosen.dtype, device=chosen.device)
+    strides = (apart, *torch.empty(chosen.shape[1:], device="meta").stride())
+    spread = memory.as_strided(chosen.shape, strides).copy_(chosen.detach()).requires_grad_(chosen.requires_grad)
+    return map_tensors(lambda t: spread if t is chosen else fresh([t])[0], args)
+
+
 def differentiable(args: Sequence[Any]) -> list[int]:
     return [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
 
