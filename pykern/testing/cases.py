@@ -13,7 +13,7 @@ from torch import Tensor
 import pykern
 from pykern.ops._backends import unavailable
 from pykern.ops._spec import OpSpec, Sample
-from pykern.testing import checks
+from pykern.testing import checks, refusals
 from pykern.testing.inputs import Make, differentiable, samples
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,6 +29,7 @@ ONCE = {
     "autocast": checks.check_autocast,
     "second": checks.check_second,
     "far": checks.check_far,
+    "checkpoint": checks.check_checkpoint,
 }
 
 
@@ -105,10 +106,12 @@ def _op_cases(name: str, spec: OpSpec, device: str) -> Iterator[Case]:
         yield case("transforms", sample.name, lambda s=sample: checks.check_transforms(spec, s.args))
     first = next(samples(spec, "smoke", device, torch.float32), None)
     if first is not None:
-        yield case("forced", first.name, lambda: checks.check_forced(spec, first.args))
+        yield case("forced", first.name, lambda: refusals.check_forced(spec, first.args))
+        if sum(isinstance(a, Tensor) for a in first.args) > 1:
+            yield case("device", first.name, lambda: refusals.check_device(spec, first.args))
     for detail, args, error, pattern in spec.bad(Make(device)) if spec.bad else ():
         bad = (spec, args, error, pattern)
-        yield case("bad input", detail, lambda bad=bad: checks.check_bad_input(*bad))
+        yield case("bad input", detail, lambda bad=bad: refusals.check_bad_input(*bad))
 
 
 def _serves(spec: OpSpec, backend: str, sample: Sample) -> bool:
