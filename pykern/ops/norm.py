@@ -96,17 +96,26 @@ def kernels(name: str, position: int = 0) -> dict[str, Any]:
             return None
         return f"computes fp32, fp16 and bf16, not {dtype}"
 
-    module = "norm_backward" if name.endswith("_backward") else "norm"
+    backward = name.endswith("_backward")
+    module = "norm_backward" if backward else "norm"
     backends = {"cuda": native("cuda", name), "triton": triton(module, name), "cpu": native("cpu", name)}
-    parts = {"backends": backends, "supports": dict.fromkeys(backends, supports)}
-    if name.endswith("_backward"):
-        parts["traffic"] = lambda backend, *args: backward_traffic(backend, args[position])
-    return parts
+    limit = _backward_traffic if backward else _forward_traffic
+    return {
+        "backends": backends,
+        "supports": dict.fromkeys(backends, supports),
+        "traffic": lambda backend, *args: limit(backend, args[position]),
+    }
 
 
-def backward_traffic(backend: str, x: Tensor) -> float:
-    """Triton has no place for a long row's sums of weights' gradients beside the row: it reads x and dy twice."""
-    return 1.75 if backend == "triton" and x.shape[-1] > 8192 else 1.1
+def _forward_traffic(backend: str, x: Tensor) -> float:
+    """Triton keeps rows of up to 16384 elements in registers, and reads longer ones twice."""
+    return 1.5 if backend == "triton" and x.shape[-1] > 16384 else 1.0
+
+
+def _backward_traffic(backend: str, x: Tensor) -> float:
+    """Where no block has room for a long row beside its sums of the weights' gradients, x and dy are read twice."""
+    longest = 8192 if backend == "triton" else 48 * 1024 // x.element_size()
+    return 1.75 if x.shape[-1] > longest else 1.1
 
 
 def empty_statistic(x: Tensor) -> Tensor:

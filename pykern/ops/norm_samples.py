@@ -20,6 +20,7 @@ def _inputs(kind: str, make: Any) -> Iterator[tuple[str, Tensor]]:
     if kind == "traffic":  # rows enough for few processors, so that partial sums weigh what they do on a GPU
         yield "256x1024", make(256, 1024)
         yield "long rows 64x16384", make(64, 16384)
+        yield "longer rows 48x40000", make(48, 40000)
         return
     yield "rows 3x17", make(3, 17)
     yield "one row", make(256)
