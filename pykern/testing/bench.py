@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +178,9 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
-def write(path: Path, command: str, device: str, records: Sequence[Record]) -> None:
+def write(path: Path, command: str, device: str, records: Sequence[dict[str, Any]]) -> None:
     """A result file: the machine, versions and command, then the records."""
-    head = {**machine(device), "command": command}
-    body = {"about": head, "records": [asdict(r) for r in records]}
+    body = {"about": {**machine(device), "command": command}, "records": records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(body, indent=1) + "\n")
 

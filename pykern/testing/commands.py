@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ def bench(
                         table.add_row(*_row(record))
                     console.print(table)
         if out is not None:  # after each op: what is measured stays, should the rest be interrupted
-            engine.write(out, " ".join(["pykern", *sys.argv[1:]]), device, records)
+            engine.write(out, " ".join(["pykern", *sys.argv[1:]]), device, list(map(asdict, records)))
     console.print(" · ".join(f"{k} {v}" for k, v in engine.machine(device).items()), highlight=False)
     return code
 

@@ -10,7 +10,7 @@ from typing import Any
 from pykern import _native
 
 ORDERS = {"random": 0, "ascending": 1, "descending": 2}
-_DEFAULTS = {"seed": 0, "order": 0, "multiprocessors": 4, "counting": 0}
+_DEFAULTS = {"seed": 0, "order": 0, "multiprocessors": 4, "watchdog_seconds": 10}
 
 
 @functools.cache
@@ -31,9 +31,15 @@ def _set(values: dict[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def configured(*, seed: int = 0, order: str = "random", multiprocessors: int = 4) -> Iterator[None]:
-    """Runs kernels in another order of threads and blocks ("random", "ascending", "descending"), or on another GPU."""
-    _set({"seed": seed, "order": ORDERS[order], "multiprocessors": multiprocessors})
+def configured(
+    *, seed: int = 0, order: str = "random", multiprocessors: int = 4, watchdog_seconds: int = 10
+) -> Iterator[None]:
+    """Runs kernels in another order of threads and blocks ("random", "ascending", "descending"), or on another GPU.
+
+    `watchdog_seconds` is the processor time for which a thread may run and meet no other (0: any).
+    """
+    settings = {"seed": seed, "order": ORDERS[order], "multiprocessors": multiprocessors}
+    _set(settings | {"watchdog_seconds": watchdog_seconds})
     try:
         yield
     finally:

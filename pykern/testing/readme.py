@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pykern.testing.commands import backend_table, forward_ops
+from pykern.testing.sass import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,6 +28,35 @@ def speed_table(path: Path) -> str:
         host = f"{ours['host_seconds'] * 1e6:.0f} ({group['torch']['host_seconds'] * 1e6:.0f})"
         lines.append(f"| `{op}` | {sample} | {dtype} | {mode} | {speed} | {ours['over_floor']:.2f} | {host} |")
     return "\n".join([*lines, "", about(result)])
+
+
+def traffic_table(path: Path) -> str:
+    """One line an op and sample: what each backend moves over what it must."""
+    result = json.loads(path.read_text())
+    backends = list(dict.fromkeys(record["backend"] for record in result["records"]))
+    lines = ["| op | sample | must move | " + " | ".join(backends) + " |", "|---|---|---|" + "---|" * len(backends)]
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record in result["records"]:
+        groups.setdefault((record["op"], record["sample"]), {})[record["backend"]] = record
+    for (op, sample), group in groups.items():
+        over = [f"{group[b]['moved'] / group[b]['cost_bytes']:.2f} ×" if b in group else "" for b in backends]
+        must = next(iter(group.values()))["cost_bytes"] / 2**20
+        lines.append(f"| `{op}` | {sample} | {must:.1f} MiB | " + " | ".join(over) + " |")
+    return "\n".join([*lines, "", about(result)])
+
+
+def ledger_table(path: Path) -> str:
+    """One line a backend and architecture: kernels, most registers, spills, and how many have 16-byte accesses."""
+    lines = ["| | kernels | most registers | with spills | most spilled | with 16-byte accesses |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for part, book in json.loads(path.read_text()).items():
+        for arch in sorted({key.split()[0] for key in book["kernels"]}):
+            costs = [Cost.from_json(v["cost"]) for key, v in book["kernels"].items() if key.split()[0] == arch]
+            spilling = [cost.spills for cost in costs if cost.spills]
+            wide = sum(128 in (*cost.loads, *cost.stores) for cost in costs)
+            row = (len(costs), max(c.registers for c in costs), len(spilling), max(spilling, default=0), wide)
+            lines.append(f"| {part} {book['compiler']}, {arch} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join([*lines, "", f"`pykern ledger --update`, {path.relative_to(ROOT)}"])
 
 
 def training_table(path: Path) -> str:
@@ -62,6 +92,8 @@ def render(text: str) -> str:
     sections = {
         "backends": backend_table,
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
+        "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
+        "ledger": lambda: ledger_table(ROOT / "benchmarks" / "ledger" / "norm.json"),
         "training": lambda: training_table(RESULTS / "cpu-training.json"),
         "demo": lambda: demo_table(RESULTS / "cpu-demo.json"),
     }

@@ -12,12 +12,14 @@ emulator have two processors.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from tyro.conf import Positional
 
 import pykern
 from pykern.ops._spec import OpSpec, Sample
-from pykern.testing import checks
+from pykern.testing import bench, checks
 from pykern.testing.inputs import map_tensors, samples
 
 SMALL = 8  # times smaller than the launch, so that it stays in the caches
@@ -80,7 +82,9 @@ def moved(launch: dict[str, Any]) -> float:
     )
 
 
-def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str | None = None, check: bool = False) -> int:
+def traffic(
+    targets: Positional[tuple[str, ...]] = (), dtype: str | None = None, check: bool = False, out: Path | None = None
+) -> int:
     """Prints the bytes that kernels move over those that their op must, and tensor-core flops likewise.
 
     Args:
@@ -88,6 +92,7 @@ def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str | None = None,
             kernel by default.
         dtype: of the samples' floats, a torch dtype by name; bfloat16 by default, float32 for a kernel without it.
         check: fail where an op moves more than its limit.
+        out: a JSON file for the results.
     """
     from pykern.testing.commands import interpreting, resolve
 
@@ -100,12 +105,18 @@ def traffic(targets: Positional[tuple[str, ...]] = (), dtype: str | None = None,
     for row in failures:
         text = f"{row.op} {row.backend} {row.sample}: {row.over_cost:.3f} times the cost, the limit is {row.limit}"
         console.print(text, style="red", highlight=False)
+    if out is not None:
+        records = [asdict(row) for row in rows]
+        if interpreting():  # the process that started this one has written its own
+            records = json.loads(out.read_text())["records"] + records
+        bench.write(out, f"pykern traffic {' '.join([*targets, '--out', str(out)])}", "cpu", records)
     code = 1 if failures else 0
     if not interpreting() and any("triton" in pykern.catalogue()[n].backends for n in names):
         # The interpreter has to be chosen before triton is imported, hence a process of its own.
         command = [sys.executable, "-m", "pykern.cli", "traffic", *targets]
         command += ["--dtype", dtype] if dtype else []
         command += ["--check"] if check else []
+        command += ["--out", str(out)] if out is not None else []
         code |= subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     elif not rows:
         console.print("no op among these has a kernel that could be counted here", style="red")
