@@ -71,7 +71,8 @@ class Library:
         return _native.emulator_problem()
 
     def _compiled(self, command: Sequence[str], emulated: bool) -> Path:
-        headers = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+        folders = [CSRC.rglob("*"), *(source.parent.iterdir() for source in self.sources)]
+        headers = sorted({path for found in folders for path in found if path.suffix in (".h", ".cuh", ".hpp")})
         key = hashlib.sha256(" ".join([*command, torch.__version__, toolchain.version_of(command[:1])]).encode())
         for path in [*self.sources, *headers]:
             key.update(path.read_bytes())

@@ -7,7 +7,7 @@
 
 namespace pykern::emulator {
 
-bool counting = true;
+bool counting = false;
 void set_counting(bool on) { counting = on; }
 
 namespace {

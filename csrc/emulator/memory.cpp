@@ -135,6 +135,10 @@ void touch_elsewhere(const Now& now) {
   }
   if (now.address < kPageBytes) fault("out of bounds: " + request_of(now) + " through a null pointer", now.pc);
   if (!nearest) fault("out of bounds: " + request_of(now) + ", and there is no global memory", now.pc);
+  constexpr size_t kNear = 1 << 20;  // further off, the distance says nothing
+  if (distance(*nearest, now.address) > kNear)
+    fault("out of bounds: " + request_of(now) + " in no tensor that the launcher named; the nearest is " +
+        nearest->name, now.pc);
   fault_outside(*nearest, now);
 }
 
