@@ -10,7 +10,6 @@ nvcc, for CPU tensors (backend "cuda" forced) with g++ for the emulator, so that
 import functools
 import hashlib
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,10 +89,10 @@ class Library:
             objects = []
             for source in self.sources:
                 objects.append(f"{scratch}/{len(objects)}.o")
-                _run([*command, "-c", str(source), "-o", objects[-1]])
+                toolchain.run([*command, "-c", str(source), "-o", objects[-1]])
             built = Path(scratch) / "library.so"
             linker = toolchain.find_cxx() if emulated else [*toolchain.find_nvcc(), "-cudart=static"]
-            _run([*linker, "-shared", *objects, "-o", str(built), *link])
+            toolchain.run([*linker, "-shared", *objects, "-o", str(built), *link])
             os.replace(built, target)  # whole or not at all, should two processes compile at once
         return target
 
@@ -120,9 +119,3 @@ def _command(emulated: bool) -> list[str]:
     arch = f"{capability}a" if capability == "90" else capability
     flags = [*toolchain.NVCC_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     return [*toolchain.find_nvcc(), *flags, *torch_flags, *includes]
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stderr or done.stdout}")

@@ -113,3 +113,10 @@ def torch_flags(torch_folder: Path) -> list[str]:
 def torch_link_flags(torch_folder: Path) -> list[str]:
     # libtorch.so names the libraries that hold the symbols, which differ between builds of torch.
     return [f"-L{torch_folder / 'lib'}", "-ltorch"]
+
+
+def run(command: Sequence[str]) -> None:
+    """Runs a compiler or linker; a RuntimeError has its words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stderr or done.stdout}")

@@ -64,15 +64,9 @@ def _make(
     objects = {FOLDER / f"{source.parent.name}-{source.stem}.o": source for source in sources}
     stale = [o for o in objects if not o.exists() or o.stat().st_mtime < newest]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda o: _run([*compiler, "-c", str(objects[o]), "-o", str(o)]), stale))
+        list(pool.map(lambda o: toolchain.run([*compiler, "-c", str(objects[o]), "-o", str(o)]), stale))
     target = FOLDER / name
     if not target.exists() or target.stat().st_mtime < max(o.stat().st_mtime for o in objects):
         fresh = FOLDER / f".{os.getpid()}-{name}"
-        _run([*linker, *map(str, objects), "-o", str(fresh), f"-Wl,-soname,{name}", *libraries])
+        toolchain.run([*linker, *map(str, objects), "-o", str(fresh), f"-Wl,-soname,{name}", *libraries])
         os.replace(fresh, target)
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stderr or done.stdout}")
