@@ -87,3 +87,22 @@ def test_a_source_that_does_not_compile_is_shown(tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.cu"):
         Library("pykern_test_nowhere", tmp_path / "nowhere.cu")
+
+
+def test_a_changed_header_beside_the_source_compiles_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYKERN_CACHE", str(tmp_path / "cache"))
+    compiled: list[str] = []
+
+    def pretend(command: list[str]) -> None:
+        compiled.append(command[0])
+        Path(command[command.index("-o") + 1]).touch()
+
+    monkeypatch.setattr(toolchain, "run", pretend)
+    (tmp_path / "op.cu").write_text('#include "op.h"\n')
+    (tmp_path / "op.h").write_text("// one\n")
+    library = Library("pykern_test_header", tmp_path / "op.cu")
+    first = library._compiled(toolchain.find_cxx(), emulated=True)
+    calls = len(compiled)
+    assert calls and library._compiled(toolchain.find_cxx(), emulated=True) == first and len(compiled) == calls
+    (tmp_path / "op.h").write_text("// two\n")
+    assert library._compiled(toolchain.find_cxx(), emulated=True) != first and len(compiled) > calls

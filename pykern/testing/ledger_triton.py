@@ -69,15 +69,18 @@ class Launch:
                 words.append(f"{option}={value}")
         return " ".join(words)
 
-    def compile(self) -> sass.Cost:
+    def compiled(self, target: Any = None) -> Any:
+        """Triton's CompiledKernel, for the GPU that is there by default."""
         import triton
-        from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        compiled = triton.compile(
-            source, target=GPUTarget("cuda", capability(self.arch), 32), options=vars(self.options)
-        )
+        return triton.compile(source, target=target, options=vars(self.options))
+
+    def compile(self) -> sass.Cost:
+        from triton.backends.compiler import GPUTarget
+
+        compiled = self.compiled(GPUTarget("cuda", capability(self.arch), 32))
         (cost,) = sass.costs(compiled.asm["cubin"], self.arch).values()
         return replace(cost, shared=compiled.metadata.shared)
 

@@ -7,25 +7,9 @@
 #include <pykern/copy_async.cuh>
 #include <pykern/device.cuh>
 
-#include <functional>
-#include <map>
-#include <string>
+#include "emulator_kernels.h"
 
 namespace pykern {
-
-// As in emulator_language.cu.
-using Start = std::function<void(const Device&, dim3 grid, dim3 block, size_t shared, const void* x, void* y, int n)>;
-using Kernels = std::map<std::string, Start>;
-
-template <class X, class Y>
-Start start(void (*kernel)(const X*, Y*, int)) {
-  return [kernel](const Device& device, dim3 grid, dim3 block, size_t shared, const void* x, void* y, int n) {
-    device.launch(kernel, grid, block, shared, static_cast<const X*>(x), static_cast<Y*>(y), n);
-  };
-}
-
-const Kernels& memory_kernels();
-
 namespace memory {
 
 constexpr int kThreads = 128;

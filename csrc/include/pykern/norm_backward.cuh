@@ -30,7 +30,23 @@ struct Projections {
   float along = 0, level = 0;
 };
 
-// From the row's sums of g · normed, g and normed. The last one is not quite zero where the mean of x is large.
+// Adds a pack's share to the row's sums of g · normed, g and normed, where g = grad · factor.
+template <bool kCentred, int kWidth>
+__device__ void add_to_sums(
+    const float (&grad)[kWidth], const float (&factor)[kWidth], const float (&normed)[kWidth],
+    float (&sums)[kCentred ? 3 : 1]) {
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    const float g = grad[j] * factor[j];
+    sums[0] = fmaf(g, normed[j], sums[0]);
+    if constexpr (kCentred) {
+      sums[1] += g;
+      sums[2] += normed[j];
+    }
+  }
+}
+
+// From those sums. The last one is not quite zero where the mean of x is large.
 template <bool kCentred>
 __device__ Projections project(const float (&sums)[kCentred ? 3 : 1], int n) {
   const float count = elements(n);
@@ -240,15 +256,7 @@ __global__ void __launch_bounds__(kBackwardThreads) norm_backward(const NormBack
       float factor[kWidth];
       if constexpr (kInShared) load_any_factor<T>(a.parameters, columns[k], factor);
       else factors.load(k, factor);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const float g = grad[j] * factor[j];
-        sums[0] = fmaf(g, normed[j], sums[0]);
-        if constexpr (kCentred) {
-          sums[1] += g;
-          sums[2] += normed[j];
-        }
-      }
+      add_to_sums<kCentred>(grad, factor, normed, sums);
     }
     if (a.dx) {
       Projections projections;
@@ -306,15 +314,7 @@ __global__ void __launch_bounds__(kBackwardThreads) norm_projections(const NormB
       float normed[kWidth], grad[kWidth], factor[kWidth];
       part.read(k, normed, grad);
       load_any_factor<T>(a.parameters, columns[k], factor);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        const float g = grad[j] * factor[j];
-        sums[0] = fmaf(g, normed[j], sums[0]);
-        if constexpr (kCentred) {
-          sums[1] += g;
-          sums[2] += normed[j];
-        }
-      }
+      add_to_sums<kCentred>(grad, factor, normed, sums);
     }
   }
   sum_over_team(sums, team);

@@ -159,9 +159,8 @@ def ledger(config: Config) -> Iterator[Unit]:
         return
     major, minor = (9, 0) if config.dry else torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major >= 9 else "")
-    specs = [spec for _, spec in _specs(config)]
-    specs += [spec.gradient.op for spec in specs]
-    launches, problems = ledger_triton.launches([spec for spec in specs if "triton" in spec.backends], [arch])
+    specs = [spec for _, spec in _specs(config) if "triton" in spec.backends]
+    launches, problems = ledger_triton.launches(specs, [arch])
 
     def unit(launch: ledger_triton.Launch) -> dict[str, Any]:
         offline = launch.compile()
@@ -179,11 +178,7 @@ def ledger(config: Config) -> Iterator[Unit]:
 
 
 def _loaded(launch: Any) -> dict[str, int]:
-    import triton
-    from triton.compiler import ASTSource
-
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    compiled = triton.compile(source, options=vars(launch.options))
+    compiled = launch.compiled()
     compiled._init_handles()
     return {"registers": compiled.n_regs, "shared": compiled.metadata.shared}
 
