@@ -38,4 +38,13 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
       "add_rms_norm_backward(Tensor? dy, Tensor? dsummed, Tensor summed, Tensor? weight, float eps,"
       " float weight_offset, bool round_before_weight, Tensor rstd, bool[2] output_mask)"
       " -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sinks,"
+      " Tensor? rng, float dropout_p, float scale, bool enable_gqa, int? window_left, int? window_right,"
+      " float? softcap, str align) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor? dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
+      " Tensor? alibi_slopes, Tensor? sinks, Tensor? rng, float dropout_p, float scale, bool enable_gqa,"
+      " int? window_left, int? window_right, float? softcap, str align, Tensor out, Tensor lse, bool[6] output_mask)"
+      " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask, Tensor dalibi_slopes, Tensor dsinks)");
 }

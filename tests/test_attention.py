@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pykern
-from pykern.ops._philox import element_index, keep_mask, philox
+from pykern.ops._philox import keep_mask, philox, row_index
 from pykern.ops.attention import attention
 from pykern.ops.attention_decode import attention_decode
 from pykern.ops.attention_decode import attention_decode_reference as decode_reference
@@ -69,24 +69,31 @@ def test_philox_known_answers(counter, key, expected):
     assert [w.item() for w in words] == expected
 
 
-def test_keep_mask_takes_the_first_word_of_the_elements_counter():
-    seed, offset, index = 0x299F31D0A4093822, 0x0370734413198A2E, 0x05A308D3243F6A88
+def test_keep_mask_takes_each_word_of_a_counter():
+    seed, offset, row = 0x299F31D0A4093822, 0x0370734413198A2E, 0x05A308D3243F6A88
     counter = [0x243F6A88, 0x05A308D3, 0x13198A2E, 0x03707344]
-    word = philox(tuple(map(torch.tensor, counter)), (torch.tensor(0xA4093822), torch.tensor(0x299F31D0)))[0].item()
-    rng, index = torch.tensor([seed, offset]), torch.tensor([index])
-    assert keep_mask(rng, index, word / 2**32) and not keep_mask(rng, index, (word + 1) / 2**32)
+    words = philox(tuple(map(torch.tensor, counter)), (torch.tensor(0xA4093822), torch.tensor(0x299F31D0)))
+    rng, row = torch.tensor([seed, offset]), torch.tensor([row])
+    for column, word in enumerate(word.item() for word in words):
+        assert keep_mask(rng, row, 4, word / 2**32)[0, column]
+        assert not keep_mask(rng, row, 4, (word + 1) / 2**32)[0, column]
+        assert keep_mask(rng, row // 2, 8, word / 2**32)[0, column] and not keep_mask(rng, row, 8, 1.0).any()
+    # The last group of a row is its own, full or not.
+    whole = keep_mask(rng, torch.arange(5), 8, 0.5)
+    for columns in (5, 6, 7):
+        assert torch.equal(keep_mask(rng, torch.arange(5), columns, 0.5), whole[:, :columns])
 
 
 def test_keep_mask_statistics():
-    rng, index = torch.tensor([12345, 678]), element_index((400, 500), torch.device("cpu"))
+    rng, rows = torch.tensor([12345, 678]), row_index((400, 502), torch.device("cpu"))
     for p in (0.1, 0.5, 0.9):
-        keep = keep_mask(rng, index, p).double()
+        keep = keep_mask(rng, rows, 502, p).double()
         deviation = math.sqrt(p * (1 - p) / keep.numel())
         assert abs(keep.mean() - (1 - p)) < 4 * deviation
         both = (keep[:, 1:] * keep[:, :-1]).mean()
         assert abs(both - (1 - p) ** 2) < 8 * deviation
-    assert keep_mask(rng, index, 0.0).all() and not keep_mask(rng, index, 1.0).any()
-    same = keep_mask(rng, index, 0.5) == keep_mask(torch.tensor([12346, 678]), index, 0.5)
+    assert keep_mask(rng, rows, 502, 0.0).all() and not keep_mask(rng, rows, 502, 1.0).any()
+    same = keep_mask(rng, rows, 502, 0.5) == keep_mask(torch.tensor([12346, 678]), rows, 502, 0.5)
     assert abs(same.double().mean() - 0.5) < 0.01
 
 
@@ -282,7 +289,7 @@ def test_dropout_drops_by_element_index():
     ours, lse = attention(q, k, v, dropout_p=0.4, return_lse=True)
     torch.manual_seed(7)
     rng = torch.randint(torch.iinfo(torch.int64).max, (2,))
-    keep = keep_mask(rng, torch.arange(2 * 2 * 5 * 6).view(2, 2, 5, 6), 0.4)
+    keep = keep_mask(rng, torch.arange(2 * 2 * 5).view(2, 2, 5), 6, 0.4)
     weights = torch.softmax(q @ k.mT / 2, -1)
     assert 0 < keep.sum() < keep.numel()
     assert_same(ours, (weights * keep / 0.6) @ v)
@@ -400,7 +407,7 @@ def test_packed_dropout():
     ours = attention_varlen(q, k, v, bounds, bounds, 4, 4, dropout_p=0.5)
     torch.manual_seed(1)
     rng = torch.randint(torch.iinfo(torch.int64).max, (2,))
-    keep = keep_mask(rng, torch.arange(6 * 2 * 4).view(6, 2, 4), 0.5)
+    keep = keep_mask(rng, torch.arange(6 * 2).view(6, 2), 4, 0.5)
     for start, end in ((0, 4), (4, 6)):
         weights = torch.softmax(torch.einsum("ihe,jhe->ihj", q[start:end], k[start:end]) / 2, -1)
         dropped = weights * keep[start:end, :, : end - start] * 2

@@ -2,9 +2,11 @@
 
 Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011, doi:10.1145/2063384.2063405.
 
-An element is dropped or kept by its own logical index, so every backend and every recomputation drops the same ones,
-whatever the tiling, the strides or the number of threads.
+An element is dropped or kept by its own logical place, so every backend and every recomputation drops the same ones,
+whatever the tiling, the strides or the number of threads. One call of the generator decides four neighbours in a row.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,26 +40,32 @@ def draw_rng(device: torch.device) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
 
 
-def keep_mask(rng: Tensor, index: Tensor, p: float) -> Tensor:
+def keep_mask(rng: Tensor, row: Tensor, columns: int, p: float) -> Tensor:
     """Which elements survive dropout with probability p.
+
+    Element `column` of a row is decided by word `column` % 4 of counter `row` · ⌈columns / 4⌉ + `column` // 4: it is
+    kept where that word is at least p · 2³².
 
     Args:
         rng: (2,) int64, the seed (the key, low word first) and the offset (the counter's upper two words, low first).
-        index: int64, any shape: each element's logical index (the counter's lower two words, low first).
-        p: probability of being dropped. An element is kept where the first output word is at least p · 2³².
+        row: int64, any shape: each row's logical index.
+        columns: how many elements a row has.
+        p: probability of being dropped.
 
     Returns:
-        bool, of the index's shape.
+        bool, (*row.shape, columns).
     """
     seed, offset = rng[0], rng[1]
+    groups = (columns + 3) // 4
+    index = row.unsqueeze(-1) * groups + torch.arange(groups, device=row.device)
     counter = (index & _LOW, (index >> 32) & _LOW, offset & _LOW, (offset >> 32) & _LOW)
-    word = philox(counter, (seed & _LOW, (seed >> 32) & _LOW))[0]
-    return word >= int(p * 2**32)
+    words = torch.stack(philox(counter, (seed & _LOW, (seed >> 32) & _LOW)), -1)
+    return words.flatten(-2)[..., :columns] >= int(p * 2**32)
 
 
-def element_index(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The row-major index of every element of a tensor of that shape."""
+def row_index(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The row-major index of every row of a tensor of that shape, its last dimension left out."""
     count = 1
-    for size in shape:
+    for size in shape[:-1]:
         count = count * size
-    return torch.arange(count, device=device).reshape(shape)
+    return torch.arange(count, device=device).reshape(shape[:-1])

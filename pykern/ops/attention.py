@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.ops._philox import draw_rng, element_index, keep_mask
+from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
 from pykern.ops.attention_core import (
     DenseCall,
@@ -35,7 +35,9 @@ def attention_reference(*args: Any) -> tuple[Tensor, Tensor]:
     call = DenseCall(*args)
     keep = None
     if call.dropout_p > 0:
-        keep = keep_mask(call.rng, element_index(call.scores_shape, call.query.device), call.dropout_p)
+        keep = keep_mask(
+            call.rng, row_index(call.scores_shape, call.query.device), call.scores_shape[-1], call.dropout_p
+        )
     out, lse = attend(
         *(x.transpose(-3, -2) for x in (call.query, call.key, call.value)),
         Scoring(call.scale, call.offset, call.window_left, call.window_right, call.softcap, call.dropout_p),

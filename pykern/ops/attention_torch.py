@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._philox import element_index, keep_mask
+from pykern.ops._philox import keep_mask, row_index
 from pykern.ops.attention_core import DenseCall, head_matmul, softmax
 
 
@@ -173,7 +173,7 @@ def torch_attention(*args: Any) -> Tensor:
         scores = torch.cat([scores, sink], -1)
     weights = torch.softmax(scores, -1)[..., : key.shape[-2]]
     if call.dropout_p > 0:
-        keep = keep_mask(call.rng, element_index(call.scores_shape, query.device), call.dropout_p)
+        keep = keep_mask(call.rng, row_index(call.scores_shape, query.device), call.scores_shape[-1], call.dropout_p)
         weights = torch.where(keep, weights / (1.0 - call.dropout_p), 0.0)
     return (weights @ value.repeat_interleave(groups, -3)).transpose(-3, -2)
 

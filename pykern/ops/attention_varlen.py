@@ -69,10 +69,8 @@ def attention_varlen_reference(*args: Any) -> tuple[Tensor, Tensor]:
     key, value, keys_length = _padded_keys(call)
     keep = None
     if call.dropout_p > 0:
-        head = torch.arange(heads, device=query.device)[:, None, None]
-        column = torch.arange(key.shape[1], device=query.device)
-        index = (row[:, None, :, None] * heads + head) * call.max_seqlen_k + column
-        keep = keep_mask(call.rng, index, call.dropout_p)
+        head = torch.arange(heads, device=query.device).unsqueeze(-1)
+        keep = keep_mask(call.rng, row.unsqueeze(1) * heads + head, call.max_seqlen_k, call.dropout_p)
     offset = (keys_length - length)[:, None, None, None]
     out, lse = attend(
         *(x.transpose(1, 2) for x in (padded, key, value)),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._philox import draw_rng, element_index, keep_mask
+from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
 from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.linear_4bit import check_linear_4bit, dequantize_4bit, weight_bytes
@@ -61,7 +61,7 @@ def lora_linear_reference(
 def drop(x: Tensor, dropout_p: float, rng: Tensor | None) -> Tensor:
     if rng is None:
         return x
-    keep = keep_mask(rng, element_index(tuple(x.shape), x.device), dropout_p)
+    keep = keep_mask(rng, row_index(x.shape, x.device), x.shape[-1], dropout_p)
     return torch.where(keep, x * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0), 0.0)
 
 
