@@ -7,28 +7,26 @@ are contiguous there; the public function has torch's (…, heads, length, size)
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
+from pykern.ops.attention_backends import BACKENDS, BACKWARD, BACKWARD_LACKS, LACKS
+from pykern.ops.attention_checks import (
+    check_dense,
+    check_dense_backward,
+    window_bounds,
+)
 from pykern.ops.attention_core import (
     DenseCall,
     Scoring,
     attend,
-    check_device,
-    check_heads,
-    check_like,
-    check_scoring,
     default_scale,
-    require,
     statistic_dtype,
-    window_bounds,
 )
-from pykern.ops.attention_samples import dense_backward_cost, dense_bad, dense_cost, dense_samples
-from pykern.ops.attention_torch import flash, flash_backward, flash_lacks, torch_attention
-
-_ALIGNMENTS = ("top_left", "bottom_right")
+from pykern.ops.attention_cost import dense_backward_cost, dense_cost
+from pykern.ops.attention_samples import dense_bad, dense_samples
+from pykern.ops.attention_torch import torch_attention
 
 
 def attention_reference(*args: Any) -> tuple[Tensor, Tensor]:
@@ -49,91 +47,6 @@ def attention_reference(*args: Any) -> tuple[Tensor, Tensor]:
     return out.transpose(-3, -2).to(call.query.dtype), lse
 
 
-def _is_plain(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None, *rest: Any
-) -> bool:
-    """Whether nothing can be wrong: most calls, spared the detailed questions, which cost as much as a small call."""
-    shape, keys, dtype, device = query.shape, key.shape, query.dtype, query.device
-    return (
-        attn_mask is None
-        and alibi_slopes is None
-        and rest == (None, None, 0.0, rest[3], rest[4], None, rest[6], None, "top_left")
-        and rest[6] in (None, 0)
-        and len(shape) >= 3
-        and keys == value.shape
-        and shape[:-3] == keys[:-3]
-        and shape[-2:] == keys[-2:]
-        and key.dtype == dtype == value.dtype
-        and key.device == device == value.device
-        and dtype.is_floating_point
-    )
-
-
-def _check(*args: Any) -> None:
-    if _is_plain(*args):
-        return
-    call = DenseCall(*args)
-    query, key, value, lead = call.query, call.key, call.value, call.lead
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_dimensions(name, x, query)
-    require(
-        value.shape[-3] == key.shape[-3],
-        lambda: f"value: expected length {key.shape[-3]} as the key's, got {value.shape[-3]}",
-    )
-    check_heads(query, key, value, call.enable_gqa, "" if call.enable_gqa else " (a divisor needs enable_gqa=True)")
-    check_scoring(
-        query,
-        lead,
-        call.alibi_slopes,
-        call.sinks,
-        call.window_left,
-        call.window_right,
-        call.softcap,
-        call.rng,
-        call.dropout_p,
-    )
-    require(call.align in _ALIGNMENTS, lambda: f"align: expected one of {_ALIGNMENTS}, got {call.align!r}")
-    if call.attn_mask is not None:
-        _check_mask(call.attn_mask, call)
-
-
-def _check_dimensions(name: str, x: Tensor, query: Tensor) -> None:
-    require(
-        x.dim() >= 3 and x.dim() == query.dim(),
-        lambda: f"{name}: expected at least 3 dimensions (…, heads, length, size), as many as query, got {x.dim()}",
-    )
-    lead = query.shape[:-3]
-    require(
-        x.shape[:-3] == lead,
-        lambda: f"{name}: expected leading dimensions {tuple(lead)} as query, got {tuple(x.shape[:-3])}",
-    )
-
-
-def _check_mask(mask: Tensor, call: DenseCall) -> None:
-    require(
-        mask.dtype == torch.bool or mask.is_floating_point(),
-        lambda: f"attn_mask: expected dtype torch.bool or floating, got {mask.dtype}",
-        TypeError,
-    )
-    scores = call.scores_shape
-    tail = scores[max(len(scores) - mask.dim(), 0) :]
-    require(
-        mask.dim() == len(tail) and all(m in (1, s) for m, s in zip(mask.shape, tail, strict=True)),
-        lambda: f"attn_mask: expected a shape that broadcasts to {tuple(scores)}, got {tuple(mask.shape)}",
-    )
-    check_device("attn_mask", mask, call.query)
-
-
-def _check_backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> None:
-    *forward, out, lse, _output_mask = args
-    _check(*forward)
-    call = DenseCall(*forward)
-    for name, x in (("dout", dout), ("out", out)):
-        check_like(name, x, (*call.query.shape[:-1], call.value.shape[-1]), call.query, call.query.dtype)
-    for name, x in (("dlse", dlse), ("lse", lse)):
-        check_like(name, x, call.scores_shape[:-1], call.query, statistic_dtype(call.query))
-
-
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     call = DenseCall(*args)
     lse = call.query.new_empty(call.scores_shape[:-1], dtype=statistic_dtype(call.query))
@@ -146,9 +59,9 @@ _attention_backward = define_backward(
     " int? window_left, int? window_right, float? softcap, str align, Tensor out, Tensor lse, bool[6] output_mask, *,"
     " str? backend=None)"
     " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask, Tensor dalibi_slopes, Tensor dsinks)",
-    check=_check_backward,
-    backends={"cpu": flash_backward},
-    supports={"cpu": lambda dout, dlse, *args: flash_lacks(*args[:-3])},
+    check=check_dense_backward,
+    backends=BACKWARD,
+    supports=BACKWARD_LACKS,
     cost=dense_backward_cost,
 )
 
@@ -157,10 +70,10 @@ _attention = define(
     " Tensor? rng, float dropout_p, float scale, bool enable_gqa, int? window_left, int? window_right, float? softcap,"
     " str align, *, str? backend=None) -> (Tensor out, Tensor lse)",
     reference=attention_reference,
-    check=_check,
+    check=check_dense,
     fake=_fake,
-    backends={"cpu": flash},
-    supports={"cpu": flash_lacks},
+    backends=BACKENDS,
+    supports=LACKS,
     backward=_attention_backward,
     autocast=dict.fromkeys(("query", "key", "value", "attn_mask"), "lower"),
     samples=dense_samples,

@@ -7,23 +7,26 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import define
-from pykern.ops.attention_core import (
-    Scoring,
-    attend,
+from pykern.ops.attention_checks import (
     check_heads,
     check_integers,
     check_lengths,
     check_pages,
     check_scoring,
     checks_on_host,
-    default_scale,
-    key_padding,
     require,
-    statistic_dtype,
-    take_pages,
     window_bounds,
 )
-from pykern.ops.attention_samples import decode_bad, decode_cost, decode_samples
+from pykern.ops.attention_core import (
+    Scoring,
+    attend,
+    default_scale,
+    key_padding,
+    statistic_dtype,
+    take_pages,
+)
+from pykern.ops.attention_cost import decode_cost
+from pykern.ops.attention_packed_samples import decode_bad, decode_samples
 from pykern.ops.attention_torch import torch_decode
 
 MAX_LENGTH = 16

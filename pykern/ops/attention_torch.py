@@ -26,6 +26,8 @@ def flash_lacks(*args: Any) -> str | None:
     """Why torch's CPU kernel cannot serve the forward."""
     call = DenseCall(*args)
     dtype = call.query.dtype
+    if call.query.device.type != "cpu":
+        return f"serves CPU tensors, not {call.query.device.type}"
     if dtype is not torch.float32 and dtype is not torch.bfloat16 and dtype is not torch.float16:
         return f"computes fp32, fp16 and bf16, not {dtype}"
     for name, given in (("ALiBi", call.alibi_slopes), ("sinks", call.sinks), ("softcap", call.softcap)):

@@ -9,24 +9,27 @@ from torch import Tensor
 
 from pykern.ops._philox import draw_rng, keep_mask
 from pykern.ops._spec import define
-from pykern.ops.attention_core import (
-    Scoring,
-    attend,
+from pykern.ops.attention_checks import (
     check_heads,
     check_integers,
     check_lengths,
     check_pages,
     check_scoring,
     checks_on_host,
+    require,
+    window_bounds,
+)
+from pykern.ops.attention_core import (
+    Scoring,
+    attend,
     default_scale,
     key_padding,
-    require,
     statistic_dtype,
     take_pages,
     take_rows,
-    window_bounds,
 )
-from pykern.ops.attention_samples import varlen_bad, varlen_cost, varlen_samples
+from pykern.ops.attention_cost import varlen_cost
+from pykern.ops.attention_packed_samples import varlen_bad, varlen_samples
 from pykern.ops.attention_torch import torch_varlen
 
 

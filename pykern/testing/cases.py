@@ -84,7 +84,10 @@ def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str
                         yield case(check, label, fn, sample.args)
                 if (backend, device) == ("cuda", "cpu"):
                     yield case("orders", label, checks.check_orders, sample.args)
-    served = [s for s in samples(spec, "smoke", device, torch.float32) if _serves(spec, backend, s)]
+    # In the first dtype that the backend has.
+    served: list[Sample] = []
+    for dtype in DTYPES:
+        served = served or [s for s in samples(spec, "smoke", device, dtype) if _serves(spec, backend, s)]
     for sample in [s for s in served if _numel(s)][:2]:
         for check, fn in ONCE.items():
             yield case(check, sample.name, fn, sample.args)

@@ -7,11 +7,33 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import pykern
+from pykern.ops.attention_samples import features
 from pykern.testing.commands import backend_table, forward_ops
+from pykern.testing.inputs import Make
 from pykern.testing.sass import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def feature_table() -> str:
+    """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
+    spec = pykern.catalogue()["attention"]
+    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "torch": ("torch", "cpu"), "cpu": ("cpu",)}
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
+    rows += [(str(d)[6:], next(features(Make("cpu", d)))) for d in (torch.float16, torch.float32, torch.float64)]
+    for label, sample in rows:
+        serving = [[b for b in chain if spec.supports[b](*sample.args) is None] for chain in columns.values()]
+        cells = [
+            "kernel" if found[:1] == [name] else found[0] if found else "reference"
+            for name, found in zip(columns, serving, strict=True)
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def speed_table(path: Path) -> str:
@@ -91,6 +113,7 @@ def render(text: str) -> str:
     """The README with every generated section made anew."""
     sections = {
         "backends": backend_table,
+        "attention": feature_table,
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
         "ledger": lambda: ledger_table(ROOT / "benchmarks" / "ledger" / "norm.json"),

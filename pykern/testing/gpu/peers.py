@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import OpSpec
+from pykern.testing.gpu.attention_peers import flex, sdpa
 from pykern.testing.inputs import as_tuple, map_tensors
 
 # The library, and what makes the peer from its module. (x, [residual,] weight, [bias,] eps, …) are the op's arguments.
@@ -50,6 +51,11 @@ LIBRARIES: dict[str, dict[str, tuple[str, _Maker]]] = {
     "layer_norm": {"liger": ("liger_kernel.ops.layer_norm", _liger_layer_norm)},
     "rms_norm": {"liger": ("liger_kernel.ops.rms_norm", _liger_rms_norm)},
     "add_rms_norm": {"liger": ("liger_kernel.ops.fused_add_rms_norm", _liger_add_rms_norm)},
+    "attention": {
+        "torch flash": ("torch.nn.attention", sdpa("FLASH_ATTENTION")),
+        "torch cuDNN": ("torch.nn.attention", sdpa("CUDNN_ATTENTION")),
+        "torch flex": ("torch.nn.attention.flex_attention", flex),
+    },
 }
 
 

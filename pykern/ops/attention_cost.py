@@ -1,0 +1,72 @@
+"""What a call of the three attention ops costs at the least: flops of matrix products, bytes moved."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from pykern.ops.attention_core import DenseCall
+from pykern.ops.attention_torch import key_lengths
+
+
+def allowed_pairs(length: int, keys: int, offset: int, left: int | None, right: int | None) -> int:
+    """How many (query, key) pairs causality and window allow: what a kernel must compute at the least."""
+    pairs = 0
+    for position in range(offset, offset + length):
+        first = 0 if left is None else max(0, position - left)
+        end = keys if right is None else min(keys, position + right + 1)
+        pairs += max(0, end - first)
+    return pairs
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+def _output_bytes(query: Tensor, value_size: int) -> int:
+    rows = math.prod(query.shape[:-1])
+    return rows * (value_size * query.element_size() + 4)
+
+
+def _dense_pairs(call: DenseCall) -> int:
+    _, heads, length, keys = math.prod(call.lead), *call.scores_shape[-3:]
+    pairs = allowed_pairs(length, keys, call.offset, call.window_left, call.window_right)
+    return math.prod(call.lead) * heads * pairs
+
+
+def dense_cost(*args: Any) -> tuple[float, float]:
+    """Two products over the allowed pairs; every tensor moved once."""
+    call = DenseCall(*args)
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    moved = _bytes(call.query, call.key, call.value, call.attn_mask) + _output_bytes(call.query, value_size)
+    return 2.0 * _dense_pairs(call) * (size + value_size), moved
+
+
+def dense_backward_cost(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[float, float]:
+    """Scores and the weights' gradient recomputed, and a product for each gradient; every tensor moved once."""
+    *forward, out, lse, output_mask = args
+    call = DenseCall(*forward)
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    products = size + value_size + size * (output_mask[0] + output_mask[1]) + value_size * output_mask[2]
+    inputs = (call.query, call.key, call.value, call.attn_mask)
+    gradients = [x for x, wanted in zip(inputs, output_mask, strict=False) if wanted]
+    return 2.0 * _dense_pairs(call) * products, _bytes(dout, dlse, *inputs, out, lse, *gradients)
+
+
+def varlen_cost(*args: Any) -> tuple[float, float]:
+    query, key, value, bounds = args[0], args[1], args[2], args[3].tolist()
+    pairs, keys = 0, key_lengths(args)
+    for start, end, length in zip(bounds, bounds[1:], keys, strict=False):
+        pairs += allowed_pairs(end - start, length, length - (end - start), args[14], args[15])
+    size, value_size = query.shape[-1], value.shape[-1]
+    moved = _bytes(query) + sum(keys) * key.shape[-2] * (size + value_size) * key.element_size()
+    return 2.0 * pairs * query.shape[1] * (size + value_size), moved + _output_bytes(query, value_size)
+
+
+def decode_cost(*args: Any) -> tuple[float, float]:
+    query, key, value, lengths, left = args[0], args[1], args[2], args[3].tolist(), args[8]
+    tokens, (size, value_size) = query.shape[1], (query.shape[-1], value.shape[-1])
+    pairs = sum(allowed_pairs(tokens, n, n - tokens, left, 0) for n in lengths)
+    live = sum(n if left is None else min(n, left + tokens) for n in lengths)
+    moved = _bytes(query) + live * key.shape[-2] * (size + value_size) * key.element_size()
+    return 2.0 * pairs * query.shape[2] * (size + value_size), moved + _output_bytes(query, value_size)
