@@ -39,7 +39,8 @@ def define(
         tied: forward arguments that receive the same gradient as another one.
         autocast: per argument a dtype, which applies on CUDA as torch's own list of fp32 ops does, or "lower" for the
             autocast dtype on every device.
-        samples: yields `Sample`s for "smoke", "full", "bench" and "traffic" from a factory of random tensors.
+        samples: yields `Sample`s for "smoke", "full", "bench" and "traffic", or for kinds of its own, from a factory of
+            random tensors.
         bad: yields (name, args, exception type, pattern) of calls that must be refused.
         cost: (flops, bytes) that a call needs at the least.
         peers: stock torch ("torch") and other libraries on the op's arguments.

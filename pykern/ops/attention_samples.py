@@ -64,12 +64,13 @@ def dense_samples(kind: str, make: Any) -> Iterator[Sample]:
         yield from _models(make)
     elif kind == "traffic":
         yield from _long(make)
+    elif kind == "pairs":
+        yield from _pairs(make)
     else:
         yield from features(make)
         yield from _corners(make)
         if kind == "full":
             yield from _grid(make)
-            yield from _pairs(make)
 
 
 def _models(make: Any) -> Iterator[Sample]:

@@ -52,7 +52,7 @@ def check(
     Args:
         targets: ops by name, and Python files outside the package that declare some; all of pykern's ops by default.
         device: cpu or cuda.
-        kind: smoke or full samples.
+        kind: smoke or full samples; `attention` has every two features as pairs.
         backend: this one alone; by default all, and what depends on none.
         sanitize: backend "cuda" on CPU tensors, compiled with g++'s address and undefined-behaviour sanitizers.
     """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +69,22 @@ def traffic_table(path: Path) -> str:
     return "\n".join([*lines, "", about(result)])
 
 
-def ledger_table(path: Path) -> str:
-    """One line a backend and architecture: kernels, most registers, spills, and how many have 16-byte accesses."""
-    lines = ["| | kernels | most registers | with spills | most spilled | with 16-byte accesses |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for part, book in json.loads(path.read_text()).items():
-        for arch in sorted({key.split()[0] for key in book["kernels"]}):
-            costs = [Cost.from_json(v["cost"]) for key, v in book["kernels"].items() if key.split()[0] == arch]
-            spilling = [cost.spills for cost in costs if cost.spills]
-            wide = sum(128 in (*cost.loads, *cost.stores) for cost in costs)
-            row = (len(costs), max(c.registers for c in costs), len(spilling), max(spilling, default=0), wide)
-            lines.append(f"| {part} {book['compiler']}, {arch} | " + " | ".join(map(str, row)) + " |")
-    return "\n".join([*lines, "", f"`pykern ledger --update`, {path.relative_to(ROOT)}"])
+def ledger_table(paths: Sequence[Path]) -> str:
+    """One line a family, backend and architecture: kernels, registers, spills, wide accesses, tensor cores."""
+    lines = ["| | | kernels | most registers | with spills | most spilled | with 16-byte accesses | on tensor cores |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for path in paths:
+        for part, book in json.loads(path.read_text()).items():
+            for arch in sorted({key.split()[0] for key in book["kernels"]}):
+                costs = [Cost.from_json(v["cost"]) for key, v in book["kernels"].items() if key.split()[0] == arch]
+                spilling = [cost.spills for cost in costs if cost.spills]
+                wide = sum(128 in (*cost.loads, *cost.stores) or cost.bulk > 0 for cost in costs)
+                names = Counter(name for cost in costs for name in {n.split(".")[0] for n in cost.tensor})
+                tensor = ", ".join(f"{n} {name}" for name, n in sorted(names.items()))
+                row = (len(costs), max(c.registers for c in costs), len(spilling), max(spilling, default=0))
+                row = (f"{part} {book['compiler']}, {arch}", *row, wide, tensor)
+                lines.append(f"| {path.stem} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join([*lines, "", "`pykern ledger --update`, benchmarks/ledger"])
 
 
 def training_table(path: Path) -> str:
@@ -116,7 +122,7 @@ def render(text: str) -> str:
         "attention": feature_table,
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
-        "ledger": lambda: ledger_table(ROOT / "benchmarks" / "ledger" / "norm.json"),
+        "ledger": lambda: ledger_table(sorted((ROOT / "benchmarks" / "ledger").glob("*.json"))),
         "training": lambda: training_table(RESULTS / "cpu-training.json"),
         "demo": lambda: demo_table(RESULTS / "cpu-demo.json"),
     }
