@@ -577,14 +577,14 @@ def test_public_functions_compile_whole():
 
 def test_explain_says_why_torchs_kernel_does_not_serve():
     q = normal(1, 2, 4, 8, dtype=torch.float32)
-    assert pykern.explain("attention", q, q, q, is_causal=True).chosen == "torch"
+    assert pykern.explain("attention", q, q, q, is_causal=True).chosen == "aten"
     for given, reason in (
         ({"softcap": 2.0}, "softcap"),
         ({"window": (1, 1)}, "window"),
         ({"dropout_p": 0.1}, "dropout"),
     ):
         found = pykern.explain("attention", q, q, q, **given)
-        assert found.chosen != "torch" and reason in found.reasons["torch"]
+        assert found.chosen != "aten" and reason in found.reasons["aten"]
 
 
 def test_allowed_pairs_counts():

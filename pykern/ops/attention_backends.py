@@ -46,11 +46,11 @@ def cpu_lacks(*args: Any) -> str | None:
     return f"computes fp32, fp16 and bf16, not {dtype}"
 
 
-LACKS = {"torch": flash_lacks}
+LACKS = {"aten": flash_lacks}
 BACKENDS = {
-    "torch": flash,
+    "aten": flash,
 }
 BACKWARD_LACKS = {name: lambda dout, dlse, *args, lacks=lacks: lacks(*args[:-3]) for name, lacks in LACKS.items()}
 BACKWARD = {
-    "torch": flash_backward,
+    "aten": flash_backward,
 }
