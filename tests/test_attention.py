@@ -575,16 +575,25 @@ def test_public_functions_compile_whole():
     torch._dynamo.reset()
 
 
-def test_explain_says_why_torchs_kernel_does_not_serve():
+def test_explain_says_what_serves_a_call_and_why_the_others_do_not():
     q = normal(1, 2, 4, 8, dtype=torch.float32)
-    assert pykern.explain("attention", q, q, q, is_causal=True).chosen == "aten"
-    for given, reason in (
-        ({"softcap": 2.0}, "softcap"),
-        ({"window": (1, 1)}, "window"),
-        ({"dropout_p": 0.1}, "dropout"),
+    assert pykern.explain("attention", q, q, q, is_causal=True).chosen == "cpu"
+    assert pykern.explain("attention", *[q.double()] * 3).chosen == "reference"
+    for given, backend, reason in (
+        ({"softcap": 2.0}, "aten", "softcap"),
+        ({"window": (1, 1)}, "aten", "window"),
+        ({"dropout_p": 0.1}, "aten", "dropout"),
+        ({}, "cuda", "fp16 and bf16, not torch.float32"),
     ):
-        found = pykern.explain("attention", q, q, q, **given)
-        assert found.chosen != "aten" and reason in found.reasons["aten"]
+        assert reason in pykern.explain("attention", q, q, q, **given).reasons[backend]
+    spec, half = pykern.catalogue()["attention"], torch.randn(1, 2, 4, 8).half()
+    for given, reason in (({"attn_mask": half[0, 0, :, :4]}, "attn_mask"), ({"dropout_p": 0.1}, "dropout")):
+        reasons = pykern.explain("attention", half, half, half, **given).reasons
+        assert reason in reasons["cuda"] and "interpreter" in reasons["triton"]
+    large = torch.randn(1, 4, 2, 264).half()
+    call = (None, None, None, None, 0.0, 1.0, False, None, None, None, "top_left")
+    for backend in ("cuda", "triton"):
+        assert "elements up to 256, not 264 and 264" in spec.supports[backend](large, large, large, *call)
 
 
 def test_allowed_pairs_counts():

@@ -183,14 +183,38 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 """
 
 
+ATTENTION_OF_ONE_SET = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from pykern import _native
+torch.manual_seed(0)
+print(_native.isa)
+op = torch.ops.pykern_native
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for length, keys, size in ((1, 5, 3), (70, 131, 40)):
+        rows = [torch.randn(2, n, 2, size).to(dtype) for n in (length, keys, keys)]
+        bias, dout = torch.randn(length, keys).to(dtype), torch.randn(2, length, 2, size).to(dtype)
+        exact = [t.double().requires_grad_() for t in (*rows, bias)]
+        expected = scaled_dot_product_attention(*(t.transpose(1, 2) for t in exact[:3]), exact[3]).transpose(1, 2)
+        call = (*rows, bias, None, None, None, 0.0, size**-0.5, False, None, None, None, "top_left")
+        out, lse = op.attention(*call)
+        found = op.attention_backward(dout, None, *call, out, lse, [True] * 4 + [False] * 2)[:4]
+        wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
+        for name, got, want in zip(("out", "dquery", "dkey", "dvalue", "dmask"), (out, *found), wanted):
+            error = (got.double() - want).norm() / want.norm()
+            assert error < 4 * torch.finfo(dtype).eps, (dtype, length, name, error)
+"""
+
+
+@pytest.mark.parametrize("family", [NORMS_OF_ONE_SET, ATTENTION_OF_ONE_SET], ids=["norm", "attention"])
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_computes_the_norms(isa: str) -> None:
+def test_every_instruction_set_computes(isa: str, family: str) -> None:
     from pykern import _native
 
     if _native.isa is None or isa not in (_native.build_report() or {}).get("isa", []):
         pytest.skip(f"the library has no {isa} kernels")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", NORMS_OF_ONE_SET],
+        [sys.executable, "-W", "ignore", "-c", family],
         env=os.environ | {"PYKERN_ISA": isa},
         capture_output=True,
         text=True,

@@ -1,5 +1,6 @@
 """Traffic: what kernels move over what their op must, held to the ops' limits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from interpreted import INTERPRETED, in_child
 
 import pykern
+from pykern.ops._spec import Sample
 from pykern.testing import traffic
 from pykern.testing.cases import backends
-from pykern.testing.inputs import samples
+from pykern.testing.inputs import Make, samples
 
 OUTSIDE = Path(__file__).parent / "faults/triton_traffic.py"
 COUNTED = [
@@ -31,6 +33,29 @@ def test_within_the_ops_limits(op, backend):
     ]
     assert {row.op for row in rows} == {op, f"{op}_backward"}
     assert not [row for row in rows if not row.within]
+
+
+@pytest.mark.parametrize("backend", [backend for op, backend in COUNTED if op == "attention"])
+def test_attention_does_not_visit_what_causality_and_window_hide(backend, monkeypatch):
+    """In tiles as large as any GPU's: close to half of full attention at length 8192, and in proportion to a window."""
+    spec, make, length, size = pykern.catalogue()["attention"], Make("cpu", torch.float16), 8192, 32
+    if backend == "triton":
+        from pykern.kernels import attention
+
+        small = attention.forward_config
+        monkeypatch.setattr(attention, "forward_config", lambda *a: replace(small(*a), queries=128, keys=128))
+    tensors = [make(1, length, 1, size, grad=False) for _ in range(3)]
+    full = 4 * length**2 * size
+
+    def share(left: int | None) -> float:
+        call = (None, None, None, None, 0.0, size**-0.5, False, left, 0, None, "top_left")
+        (row,) = traffic.measure(spec, backend, Sample("long", (*tensors, *call)))
+        assert row.within if backend == "cuda" else row.flops  # the limit is of the interpreter's own, smaller tiles
+        return row.flops / full
+
+    assert 0.5 <= share(None) <= 0.56
+    for window in (256, 1024):
+        assert window / length <= share(window - 1) + 0.5 * (window / length) ** 2 <= (window + 192) / length
 
 
 def region(read: int = 0, written: int = 0, times: int = 1) -> dict[str, int]:
@@ -64,5 +89,5 @@ class TestCommand:
         assert lines == ["triton_traffic::twice triton 3000 numbers: 1.500 times the cost, the limit is 1.0"]
 
     def test_no_kernel_to_count(self, capsys):
-        assert traffic.traffic(("attention",)) == 1
+        assert traffic.traffic(("attention_decode",)) == 1
         assert "has a kernel that could be counted here" in capsys.readouterr().out

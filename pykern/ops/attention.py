@@ -24,7 +24,7 @@ from pykern.ops.attention_core import (
     default_scale,
     statistic_dtype,
 )
-from pykern.ops.attention_cost import dense_backward_cost, dense_cost
+from pykern.ops.attention_cost import dense_backward_cost, dense_backward_traffic, dense_cost, dense_traffic
 from pykern.ops.attention_samples import dense_bad, dense_samples
 from pykern.ops.attention_torch import torch_attention
 
@@ -63,6 +63,7 @@ _attention_backward = define_backward(
     backends=BACKWARD,
     supports=BACKWARD_LACKS,
     cost=dense_backward_cost,
+    traffic=dense_backward_traffic,
 )
 
 _attention = define(
@@ -79,6 +80,7 @@ _attention = define(
     samples=dense_samples,
     bad=dense_bad,
     cost=dense_cost,
+    traffic=dense_traffic,
     peers={"torch": torch_attention},
 )
 

@@ -1,42 +1,51 @@
-"""Which kernel serves which call of dense attention: the first of `BACKENDS` whose entry in `LACKS` returns None."""
+"""Which kernel serves which call of dense attention: the first of its device whose reason in `LACKS` is None.
+
+On a GPU CUDA C++ comes first, for the plain cases in 16 bits, and Triton has everything up to heads of 256 elements. On
+a CPU pykern's C++ has everything; torch's own kernel, called by its name in aten, serves where that was not built.
+"""
 
 from typing import Any
 
 import torch
 
-from pykern.ops._spec import native, triton  # noqa: F401
+from pykern.ops._spec import native, triton
 from pykern.ops.attention_core import DenseCall
 from pykern.ops.attention_torch import flash, flash_backward, flash_lacks
 
-LARGEST_HEAD = 256  # of the GPU kernels: a larger one leaves no room for a tile beside it
+LARGEST_HEAD = 256  # of the GPU kernels: of larger ones no tile fits beside its output
+_MOST_QUERIES = 65535 * 128  # of the CUDA kernels: tiles are counted in a grid's second dimension
 
 
 def cuda_lacks(*args: Any) -> str | None:
-    """Why the CUDA C++ kernels, which are for the plain cases in 16 bits, cannot serve the forward."""
     call = DenseCall(*args)
     if call.query.dtype not in (torch.float16, torch.bfloat16):
         return f"computes fp16 and bf16, not {call.query.dtype}"
-    for name, given in (("mask", call.attn_mask), ("ALiBi", call.alibi_slopes), ("sinks", call.sinks)):
-        if given is not None:
-            return f"the CUDA kernel has no {name}"
+    if call.attn_mask is not None:
+        return "the CUDA kernel has no attn_mask"
     if call.dropout_p > 0:
         return "the CUDA kernel has no dropout"
-    for name, size in (("query", call.query.shape[-1]), ("value", call.value.shape[-1])):
-        if size > LARGEST_HEAD or size % 8 != 0:
-            return f"{name}: the CUDA kernel takes heads of a multiple of 8 elements up to {LARGEST_HEAD}, not {size}"
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    if size % 8 or value_size % 8 or max(size, value_size) > LARGEST_HEAD:
+        return f"takes heads of a multiple of 8 elements up to {LARGEST_HEAD}, not {size} and {value_size}"
+    if call.query.shape[-3] > _MOST_QUERIES:
+        return f"takes up to {_MOST_QUERIES} queries, not {call.query.shape[-3]}"
     return None
+
+
+def cuda_backward_lacks(*args: Any) -> str | None:
+    call = DenseCall(*args)
+    for name, given in (("ALiBi", call.alibi_slopes), ("sinks", call.sinks)):
+        if given is not None:
+            return f"the CUDA kernel of the backward has no {name}"
+    return cuda_lacks(*args)
 
 
 def triton_lacks(*args: Any) -> str | None:
     call = DenseCall(*args)
-    if call.query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"computes fp32, fp16 and bf16, not {call.query.dtype}"
-    largest = max(call.query.shape[-1], call.value.shape[-1])
-    return (
-        f"the Triton kernel takes heads of up to {LARGEST_HEAD} elements, not {largest}"
-        if largest > LARGEST_HEAD
-        else None
-    )
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    if max(size, value_size) > LARGEST_HEAD:
+        return f"takes heads of any number of elements up to {LARGEST_HEAD}, not {size} and {value_size}"
+    return cpu_lacks(*args)
 
 
 def cpu_lacks(*args: Any) -> str | None:
@@ -46,11 +55,20 @@ def cpu_lacks(*args: Any) -> str | None:
     return f"computes fp32, fp16 and bf16, not {dtype}"
 
 
-LACKS = {"aten": flash_lacks}
 BACKENDS = {
+    "cuda": native("cuda", "attention"),
+    "triton": triton("attention", "attention"),
+    "cpu": native("cpu", "attention"),
     "aten": flash,
 }
-BACKWARD_LACKS = {name: lambda dout, dlse, *args, lacks=lacks: lacks(*args[:-3]) for name, lacks in LACKS.items()}
+LACKS = {"cuda": cuda_lacks, "triton": triton_lacks, "cpu": cpu_lacks, "aten": flash_lacks}
 BACKWARD = {
+    "cuda": native("cuda", "attention_backward"),
+    "triton": triton("attention_backward", "attention_backward"),
+    "cpu": native("cpu", "attention_backward"),
     "aten": flash_backward,
+}
+BACKWARD_LACKS = {
+    name: lambda dout, dlse, *args, lacks=lacks: lacks(*args[:-3])
+    for name, lacks in {**LACKS, "cuda": cuda_backward_lacks}.items()
 }

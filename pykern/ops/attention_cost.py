@@ -70,3 +70,58 @@ def decode_cost(*args: Any) -> tuple[float, float]:
     live = sum(n if left is None else min(n, left + tokens) for n in lengths)
     moved = _bytes(query) + live * key.shape[-2] * (size + value_size) * key.element_size()
     return 2.0 * pairs * query.shape[2] * (size + value_size), moved + _output_bytes(query, value_size)
+
+
+# On a CPU and for small heads: how many rows a program or block of threads owns, and how many it visits at a time.
+_TILES = {"triton": (32, 16), "cuda": (128, 64)}
+
+
+def dense_traffic(backend: str, *args: Any) -> float:
+    """A query moves once; a key and a value once for each tile of queries, of each head, that sees them."""
+    call = DenseCall(*args)
+    cost = dense_cost(*args)[1]
+    return (cost - _bytes(call.key, call.value) + _heads(call) * _keys_visited(backend, call) * _pair(call)) / cost
+
+
+def dense_backward_traffic(backend: str, dout: Tensor | None, dlse: Tensor | None, *args: Any) -> float:
+    """Two numbers a row are made of dout and out; then tiles of keys visit rows, and tiles of queries visit keys."""
+    *forward, out, lse, output_mask = args
+    call = DenseCall(*forward)
+    rows, pair = 8 * lse.numel(), _pair(call)
+    moved = _bytes(dout, out, lse, dlse) + rows
+    if output_mask[1] or output_mask[2]:
+        visited = _queries_visited(backend, call)
+        moved += 2 * _bytes(call.key, call.value) + _heads(call) * visited * (pair + 8)
+    if output_mask[0]:
+        moved += 2 * _bytes(call.query) + _bytes(dout) + rows + _heads(call) * _keys_visited(backend, call) * pair
+    return moved / dense_backward_cost(dout, dlse, *args)[1]
+
+
+def _pair(call: DenseCall) -> int:
+    """Bytes of a key and its value, and of a query and its dout."""
+    return (call.query.shape[-1] + call.value.shape[-1]) * call.query.element_size()
+
+
+def _heads(call: DenseCall) -> int:
+    return math.prod(call.lead) * call.query.shape[-2]
+
+
+def _keys_visited(backend: str, call: DenseCall) -> int:
+    length, keys = call.scores_shape[-2:]
+    return _visited(*_TILES[backend], length, keys, call.offset, call.window_left, call.window_right)
+
+
+def _queries_visited(backend: str, call: DenseCall) -> int:
+    length, keys = call.scores_shape[-2:]
+    return _visited(*_TILES[backend], keys, length, -call.offset, call.window_right, call.window_left)
+
+
+def _visited(tile: int, step: int, rows: int, columns: int, offset: int, left: int | None, right: int | None) -> int:
+    """How many columns the tiles of rows visit, in whole steps, summed over the tiles."""
+    total = 0
+    for first in range(0, rows, tile):
+        last = min(first + tile, rows) - 1
+        start = 0 if left is None else max(0, first + offset - left) // step * step
+        end = columns if right is None else min(columns, last + offset + right + 1)
+        total += max(0, -(-end // step) * step - start)
+    return total

@@ -87,9 +87,9 @@ def _models(make: Any) -> Iterator[Sample]:
 
 
 def _long(make: Any) -> Iterator[Sample]:
-    yield Sample("full 1x2/1x1024x64", _dense(make, (1, 1024, 2, 64), (1024, 1)))
-    yield Sample("causal 1x2/1x1024x64", _dense(make, (1, 1024, 2, 64), (1024, 1), **_CAUSAL))
-    yield Sample("window 256 1x2/1x1024x64", _dense(make, (1, 1024, 2, 64), (1024, 1), window_left=255, **_CAUSAL))
+    yield Sample("full 1x2/1x512x64", _dense(make, (1, 512, 2, 64), (512, 1)))
+    yield Sample("causal 1x2/1x512x64", _dense(make, (1, 512, 2, 64), (512, 1), **_CAUSAL))
+    yield Sample("window 128 1x2/1x512x64", _dense(make, (1, 512, 2, 64), (512, 1), window_left=127, **_CAUSAL))
 
 
 def features(make: Any) -> Iterator[Sample]:
@@ -112,37 +112,37 @@ def features(make: Any) -> Iterator[Sample]:
     bias = make(2, 1, 5, 6, grad=False)
     yield Sample("additive mask", _dense(make, (2, 5, 2, 8), (6, 2), attn_mask=bias))
     yield Sample("learned additive mask", _dense(make, (2, 5, 2, 8), (6, 2), attn_mask=make(2, 1, 6)))
-    yield Sample("dropout", _dense(make, (1, 6, 2, 8), (6, 2), rng=_rng(make), dropout_p=0.3))
+    yield Sample("dropout", _dense(make, (2, 17, 4, 8), (19, 4), rng=_rng(make), dropout_p=0.3))
     yield Sample("value size", _dense(make, (1, 5, 2, 8), (6, 2), 16, **_CAUSAL))
-    yield Sample("odd head size", _dense(make, (1, 5, 2, 7), (6, 2), 3, **_CAUSAL))
+    yield Sample("odd head size", _dense(make, (2, 17, 4, 7), (19, 4), 3, **_CAUSAL))
     yield Sample("head size above 256", _dense(make, (4, 33, 2, 264), (33, 1), **_CAUSAL))
 
 
 def _corners(make: Any) -> Iterator[Sample]:
     everything = {"softcap": 4.0, "sinks": make(4), "alibi_slopes": random_slopes(make, 2, 4)}
-    everything |= {"attn_mask": make(4, 1, 6), "window_left": 3, "window_right": 2, "align": "bottom_right"}
-    yield Sample("everything", _dense(make, (2, 5, 4, 4), (6, 2), 3, **everything))
-    everything |= {"attn_mask": make(4, 1, 70), "window_left": 40, "window_right": 9}
-    everything |= {"rng": _rng(make), "dropout_p": 0.2, "alibi_slopes": make(4, dtype=torch.float32, scale=0.1)}
-    yield Sample("everything, several blocks", _dense(make, (1, 165, 4, 8), (70, 2), 16, **everything))
+    everything |= {"attn_mask": make(4, 1, 11), "window_left": 5, "window_right": 3, "align": "bottom_right"}
+    yield Sample("everything", _dense(make, (2, 9, 4, 6), (11, 2), 3, **everything))
+    everything |= {"attn_mask": make(8, 1, 50), "window_left": 30, "window_right": 9, "sinks": make(8)}
+    everything |= {"rng": _rng(make), "dropout_p": 0.2, "alibi_slopes": make(8, dtype=torch.float32, scale=0.1)}
+    yield Sample("everything, several blocks", _dense(make, (1, 75, 8, 8), (50, 4), 16, **everything))
     yield Sample("causal, several blocks", _dense(make, (1, 150, 2, 16), (150, 1), **_CAUSAL))
     band = {"window_left": 70, "window_right": 10, "align": "bottom_right"}
     yield Sample("window, several blocks", _dense(make, (1, 190, 1, 16), (230, 1), softcap=5.0, **band))
     yield Sample("causal, transposed", _dense(make, (2, 9, 2, 16), (9, 2), build=_transposed, **_CAUSAL))
     yield Sample("causal, more queries", _dense(make, (1, 9, 2, 8), (4, 2), **_CAUSAL))
-    yield Sample("one key head", _dense(make, (1, 5, 4, 8), (6, 1)))
-    yield Sample("window of one", _dense(make, (1, 6, 2, 8), (6, 2), window_left=0, window_right=0))
+    yield Sample("one key head", _dense(make, (2, 17, 4, 8), (19, 1)))
+    yield Sample("window of one", _dense(make, (2, 17, 4, 8), (17, 4), window_left=0, window_right=0))
     yield Sample("rows with nothing", _dense(make, (1, 6, 2, 8), (3, 2), align="bottom_right", **_CAUSAL))
     hidden = make(5, 6, grad=False).masked_fill(make(5, 6, grad=False) > 0, -math.inf)
     yield Sample("frozen mask with -inf", _dense(make, (2, 5, 2, 8), (6, 2), attn_mask=hidden, **_CAUSAL))
-    yield Sample("no batch", _dense(make, (5, 2, 8), (5, 2), **_CAUSAL))
+    yield Sample("no batch", _dense(make, (17, 4, 8), (17, 4), **_CAUSAL))
     yield Sample("two batches", _dense(make, (2, 3, 4, 2, 8), (5, 2)))
     yield Sample("one element", _dense(make, (1, 1, 1, 1), (1, 1)))
     yield Sample("no keys", _dense(make, (1, 3, 2, 8), (0, 2)))
     yield Sample("no queries", _dense(make, (1, 0, 2, 8), (3, 2)))
     yield Sample("no batch entries", _dense(make, (0, 3, 2, 8), (3, 2)))
     yield Sample("heads of nothing", _dense(make, (1, 3, 2, 0), (4, 2), 5))
-    yield Sample("large scores", _dense(make, (1, 6, 2, 8), (6, 2), scale=3.0, **_CAUSAL))
+    yield Sample("large scores", _dense(make, (2, 17, 4, 8), (17, 4), scale=3.0, **_CAUSAL))
 
 
 def _grid(make: Any) -> Iterator[Sample]:

@@ -14,7 +14,7 @@ import pykern
 from pykern.ops._backends import unavailable
 from pykern.ops._spec import OpSpec, Sample
 from pykern.testing import checks, refusals
-from pykern.testing.inputs import Make, differentiable, samples
+from pykern.testing.inputs import Make, as_tuple, differentiable, map_tensors, samples
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PER_SAMPLE = {
@@ -72,8 +72,8 @@ def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str
         return Case(name, backend, check, detail, lambda: fn(spec, backend, args))
 
     for dtype in DTYPES:
-        for sample in samples(spec, kind, device, dtype):
-            if not _serves(spec, backend, sample) or (dtype != torch.float32 and not _varies(sample, dtype)):
+        for sample in _served(spec, backend, kind, device, dtype):
+            if dtype != torch.float32 and not _varies(sample, dtype):
                 continue
             label = f"{sample.name} {str(dtype)[6:]}"
             yield case("accuracy", label, checks.check_accuracy, sample.args)
@@ -87,7 +87,7 @@ def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str
     # In the first dtype that the backend has.
     served: list[Sample] = []
     for dtype in DTYPES:
-        served = served or [s for s in samples(spec, "smoke", device, dtype) if _serves(spec, backend, s)]
+        served = served or list(_served(spec, backend, "smoke", device, dtype))
     for sample in [s for s in served if _numel(s)][:2]:
         for check, fn in ONCE.items():
             yield case(check, sample.name, fn, sample.args)
@@ -117,8 +117,25 @@ def _op_cases(name: str, spec: OpSpec, device: str) -> Iterator[Case]:
         yield case("bad input", detail, lambda bad=bad: refusals.check_bad_input(*bad))
 
 
-def _serves(spec: OpSpec, backend: str, sample: Sample) -> bool:
-    return backend == "reference" or spec.why_not(backend, sample.args) is None
+def _served(spec: OpSpec, backend: str, kind: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """The samples that the backend serves; without gradients those of which it serves the forward alone."""
+    for sample in samples(spec, kind, device, dtype):
+        if backend == "reference" or spec.why_not(backend, sample.args) is None:
+            if _serves_backward(spec, backend, sample):
+                yield sample
+            else:
+                yield Sample(f"{sample.name}, frozen", tuple(map_tensors(Tensor.detach, sample.args)))
+
+
+def _serves_backward(spec: OpSpec, backend: str, sample: Sample) -> bool:
+    binding, wanted = spec.gradient, set(differentiable(sample.args))
+    supports = binding.op.supports.get(backend)
+    if not wanted or supports is None:
+        return True
+    outputs = as_tuple(spec.fake(*sample.args))
+    saved = [(outputs if of_output else sample.args)[i] for _, of_output, i in binding.saved]
+    mask = [any(i in wanted for i in indices) for indices in binding.targets]
+    return supports(*(outputs[i] for i in binding.gradients_in), *saved, mask) is None
 
 
 def _varies(sample: Sample, dtype: torch.dtype) -> bool:

@@ -24,18 +24,23 @@ RESULTS = ROOT / "benchmarks" / "results"
 def feature_table() -> str:
     """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
     spec = pykern.catalogue()["attention"]
-    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "aten": ("aten", "cpu"), "cpu": ("cpu",)}
+    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",), "aten": ("aten", "cpu")}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
     rows += [(str(d)[6:], next(features(Make("cpu", d)))) for d in (torch.float16, torch.float32, torch.float64)]
     for label, sample in rows:
-        serving = [[b for b in chain if spec.supports[b](*sample.args) is None] for chain in columns.values()]
-        cells = [
-            "kernel" if found[:1] == [name] else found[0] if found else "reference"
-            for name, found in zip(columns, serving, strict=True)
-        ]
+        cells = []
+        for name, chain in columns.items():
+            forward = _first(chain, spec.supports, *sample.args)
+            backward = _first(chain, spec.gradient.op.supports, None, None, *sample.args, None, None, None)
+            served = "kernel" if forward == name else forward
+            cells.append(served if forward == backward else f"{served}, backward {backward}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _first(backends: Sequence[str], supports: dict[str, Any], *args: Any) -> str:
+    return next((name for name in backends if supports[name](*args) is None), "reference")
 
 
 def speed_table(path: Path) -> str:
@@ -58,12 +63,16 @@ def traffic_table(path: Path) -> str:
     """One line an op and sample: what each backend moves over what it must."""
     result = json.loads(path.read_text())
     backends = list(dict.fromkeys(record["backend"] for record in result["records"]))
-    lines = ["| op | sample | must move | " + " | ".join(backends) + " |", "|---|---|---|" + "---|" * len(backends)]
+    flops = any(record["flops"] for record in result["records"])
+    columns = [*backends, *(f"{b}, flops" for b in backends if flops)]
+    lines = ["| op | sample | must move | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in result["records"]:
         groups.setdefault((record["op"], record["sample"]), {})[record["backend"]] = record
     for (op, sample), group in groups.items():
         over = [f"{group[b]['moved'] / group[b]['cost_bytes']:.2f} ×" if b in group else "" for b in backends]
+        if flops:
+            over += [f"{group[b]['flops'] / group[b]['cost_flops']:.2f} ×" if b in group else "" for b in backends]
         must = next(iter(group.values()))["cost_bytes"] / 2**20
         lines.append(f"| `{op}` | {sample} | {must:.1f} MiB | " + " | ".join(over) + " |")
     return "\n".join([*lines, "", about(result)])
@@ -121,7 +130,9 @@ def render(text: str) -> str:
         "backends": backend_table,
         "attention": feature_table,
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
+        "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
+        "attention_traffic": lambda: traffic_table(RESULTS / "traffic-attention.json"),
         "ledger": lambda: ledger_table(sorted((ROOT / "benchmarks" / "ledger").glob("*.json"))),
         "training": lambda: training_table(RESULTS / "cpu-training.json"),
         "demo": lambda: demo_table(RESULTS / "cpu-demo.json"),
