@@ -35,7 +35,7 @@ from torch import Tensor
 
 # For `choose`. Per head size (queries, keys, warps, stages).
 _FORWARD = {
-    "fp32": {128: Config(64, 16, 4, 3), 256: Config(32, 16, 4, 3)},
+    "fp32": {64: Config(64, 16, 8, 3), 256: Config(32, 16, 4, 3)},
     "plain": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
     "small": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 3)},
     # Two warp groups of 64 queries each, whose accumulators fill the registers.

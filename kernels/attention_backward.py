@@ -28,6 +28,8 @@ _DKDV = {
     "features": {256: Config(32, 32, 8, 2)},
     "plain, descriptors": {
         64: Config(64, 128, 8, 2, descriptors=True),
+        104: Config(32, 128, 8, 2, descriptors=True),
+        120: Config(32, 128, 8, 2, descriptors=True, apart=True),  # stores of odd sizes need registers
         128: Config(32, 128, 8, 2, descriptors=True),
         256: Config(32, 128, 8, 2, descriptors=True, apart=True),
     },
@@ -37,9 +39,20 @@ _DKDV = {
     },
 }
 _DQ = {
-    "fp32": {64: Config(32, 32, 8, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
-    "plain": {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(64, 32, 8, 2)},
-    "features": {64: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 2)},
+    "fp32": {64: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    "plain": {
+        64: Config(128, 64, 8, 2),
+        120: Config(64, 32, 8, 2),  # less than a tile's columns: a comparison each
+        128: Config(128, 32, 8, 2),
+        248: Config(32, 32, 4, 2),
+        256: Config(64, 32, 8, 2),
+    },
+    "features": {
+        64: Config(64, 32, 8, 2),
+        128: Config(32, 32, 8, 2),
+        248: Config(32, 32, 4, 2),
+        256: Config(32, 32, 8, 2),
+    },
     "plain, descriptors": {
         128: Config(128, 64, 8, 2, descriptors=True),
         256: Config(128, 32, 8, 2, descriptors=True),

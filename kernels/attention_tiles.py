@@ -159,7 +159,8 @@ class Operands:
         given = {"query": query, "key": key, "value": value, **more}
         self.tensors = {name: x if x is None else aligned(fold(x)) for name, x in given.items()}
         self.dtype, self.device = query.dtype, query.device
-        self.columns, self.value_columns = block_size(key.shape[-1]), block_size(value.shape[-1])
+        self.size, self.value_size = (self.tensors[name].shape[-1] for name in ("key", "value"))
+        self.columns, self.value_columns = block_size(self.size), block_size(self.value_size)
         self.describable = all(x is None or _describable(x) for x in self.tensors.values())
 
     def arguments(self, config: Config) -> dict[str, Any]:
@@ -179,8 +180,8 @@ class Operands:
             **tensors,
             **dict(zip(names, strides, strict=True)),
             "UNIT": unit,
-            "E": self.tensors["key"].shape[-1],
-            "EV": self.tensors["value"].shape[-1],
+            "E": self.size,
+            "EV": self.value_size,
             "BLOCK_M": config.queries,
             "BLOCK_N": config.keys,
             "BLOCK_E": self.columns,
@@ -207,7 +208,7 @@ def choose(
     wide = operands.dtype == torch.float32
     if device.type == "cpu":
         return interpreted if wide else replace(interpreted, descriptors=True)
-    size = max(operands.columns, operands.value_columns)
+    size = max(operands.size, operands.value_size)
     accelerated = _has_accelerator(device)
     if wide:
         names = ["fp32"]

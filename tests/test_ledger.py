@@ -318,9 +318,21 @@ def test_bad_targets_are_named(tmp_path: Path) -> None:
             ledger(targets, **options)
 
 
+def test_attentions_kernels_spill_nothing_and_multiply_on_tensor_cores() -> None:
+    """What is written down; other tests hold the kernels to it."""
+    for part, book in json.loads((ledgers.FOLDER / "attention.json").read_text()).items():
+        for key, entry in book["kernels"].items():
+            assert entry["cost"]["spills"] == 0, key
+            if "statistics" in key and part == "cuda" or "_delta_kernel" in key or "query=*fp32" in key:
+                continue  # no products of tiles, or in fp32
+            empty = " E=0 " in key  # heads of nothing have no descriptors
+            wanted = "HGMMA" if part == "triton" and key.startswith("sm_90a") and not empty else "HMMA"
+            assert wanted in {name.split(".")[0] for name in entry["cost"]["tensor"]}, key
+
+
 def test_pykerns_own_kernels_keep_to_their_ledger(capsys: pytest.CaptureFixture[str]) -> None:
     _need("triton")
-    names = [name for name in resolve(()) if name.startswith("layer_norm")]
+    names = [name for name in resolve(()) if name in ("layer_norm", "attention")]
     code = ledger((*names,), backend="triton")
     assert code == 0, capsys.readouterr().out
 
