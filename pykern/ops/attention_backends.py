@@ -1,7 +1,7 @@
 """Which kernel serves which call of dense attention: the first of its device whose reason in `LACKS` is None.
 
 On a GPU CUDA C++ comes first, for the plain cases in 16 bits, and Triton has everything up to heads of 256 elements. On
-a CPU pykern's C++ has everything; torch's own kernel, called by its name in aten, serves where that was not built.
+a CPU C++ has everything: torch's own kernel, where it covers a call, is the slower one.
 """
 
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 
 from pykern.ops._spec import native, triton
 from pykern.ops.attention_core import DenseCall
-from pykern.ops.attention_torch import flash, flash_backward, flash_lacks
 
 LARGEST_HEAD = 256  # of the GPU kernels: of larger ones no tile fits beside its output
 _MOST_QUERIES = 65535 * 128  # of the CUDA kernels: tiles are counted in a grid's second dimension
@@ -59,14 +58,12 @@ BACKENDS = {
     "cuda": native("cuda", "attention"),
     "triton": triton("attention", "attention"),
     "cpu": native("cpu", "attention"),
-    "aten": flash,
 }
-LACKS = {"cuda": cuda_lacks, "triton": triton_lacks, "cpu": cpu_lacks, "aten": flash_lacks}
+LACKS = {"cuda": cuda_lacks, "triton": triton_lacks, "cpu": cpu_lacks}
 BACKWARD = {
     "cuda": native("cuda", "attention_backward"),
     "triton": triton("attention_backward", "attention_backward"),
     "cpu": native("cpu", "attention_backward"),
-    "aten": flash_backward,
 }
 BACKWARD_LACKS = {
     name: lambda dout, dlse, *args, lacks=lacks: lacks(*args[:-3])

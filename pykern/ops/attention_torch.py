@@ -1,4 +1,4 @@
-"""torch's own attention: its CPU flash kernel as a backend of the dense op, and what we are measured against."""
+"""torch's own attention, which the ops are measured against."""
 
 import math
 from collections.abc import Sequence
@@ -9,145 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykern.ops._philox import keep_mask, row_index
-from pykern.ops.attention_core import DenseCall, head_matmul, softmax
-
-
-def _is_causal(call: DenseCall) -> bool | None:
-    """Whether the window is torch's is_causal (True) or hides nothing (False); None where it is neither."""
-    length, keys, offset = call.query.shape[-3], call.key.shape[-3], call.offset
-    if call.window_left is not None and call.window_left < length - 1 + offset:
-        return None
-    if call.window_right is None or offset + call.window_right >= keys - 1:
-        return False
-    return True if offset + call.window_right == 0 else None
-
-
-def flash_lacks(*args: Any) -> str | None:
-    """Why torch's CPU kernel cannot serve the forward."""
-    call = DenseCall(*args)
-    dtype = call.query.dtype
-    if call.query.device.type != "cpu":
-        return f"serves CPU tensors, not {call.query.device.type}"
-    if dtype is not torch.float32 and dtype is not torch.bfloat16 and dtype is not torch.float16:
-        return f"computes fp32, fp16 and bf16, not {dtype}"
-    for name, given in (("ALiBi", call.alibi_slopes), ("sinks", call.sinks), ("softcap", call.softcap)):
-        if given is not None:
-            return f"torch's CPU kernel has no {name}"
-    if call.dropout_p > 0:
-        return "torch's CPU kernel has no dropout"
-    if call.query.shape[-1] != call.value.shape[-1]:
-        return (
-            f"torch's CPU kernel has one head size for key and value, not {call.key.shape[-1]}, {call.value.shape[-1]}"
-        )
-    if call.query.numel() == 0 or call.key.numel() == 0:
-        return "torch's CPU kernel divides by zero on empty tensors"
-    if _is_causal(call) is None:
-        return f"torch's CPU kernel has no window ({call.window_left}, {call.window_right}) at offset {call.offset}"
-    return None
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(…, length, heads, size) as (B, heads, length, size), rows dense as torch's kernel reads them, and in fp32.
-
-    In 16 bits that kernel rounds the weights and approximates the exponential, and without AMX it is slower as well.
-    """
-    x = x.float()
-    if x.dim() != 4:
-        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-    # clone and not contiguous(), which leaves a wrong stride where the size is one.
-    return (x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)).transpose(1, 2)
+from pykern.ops.attention_core import DenseCall
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
     return mask.to(dtype)
-
-
-def _flat_mask(call: DenseCall) -> Tensor | None:
-    """The mask as additive and of four dimensions, not broadcast further than it must be."""
-    if call.attn_mask is None:
-        return None
-    mask = _additive(call.attn_mask, torch.float32)
-    mask = mask.reshape(*[1] * (call.query.dim() - mask.dim()), *mask.shape)
-    if len(call.lead) != 1:
-        mask = mask.expand(*call.lead, *mask.shape[-3:]).reshape(math.prod(call.lead), *mask.shape[-3:])
-    return mask.contiguous()
-
-
-def flash(*args: Any) -> tuple[Tensor, Tensor]:
-    """The forward on torch's CPU kernel."""
-    call = DenseCall(*args)
-    is_causal, mask = _is_causal(call), _flat_mask(call)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
-        _flat(call.query), _flat(call.key), _flat(call.value), 0.0, is_causal, attn_mask=mask, scale=call.scale
-    )
-    if mask is not None:
-        # On a row with nothing allowed torch's kernel gives zeros, as we do, but an lse of zero.
-        if is_causal:
-            mask = mask + mask.new_full(call.scores_shape[-2:], -math.inf).triu_(1)
-        lse = torch.where((mask == -math.inf).all(-1), -math.inf, lse)
-    out, lse = out.transpose(1, 2).to(call.query.dtype).contiguous(), lse.contiguous()
-    if call.query.dim() != 4:
-        out, lse = out.view(*call.lead, *out.shape[1:]), lse.view(*call.lead, *lse.shape[1:])
-    return out, lse
-
-
-def flash_backward(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
-    """The backward of `flash`: torch's CPU kernel, or plain matrix products where that lacks a gradient."""
-    *forward, out, lse, output_mask = args
-    call = DenseCall(*forward)
-    if lse.dim() != 3:
-        lse = lse.reshape(math.prod(call.lead), *lse.shape[-2:])
-    mask = _flat_mask(call)
-    if mask is not None:
-        # exp(-inf - lse) must be zero and not NaN where nothing is allowed.
-        lse = torch.where(lse == -math.inf, 0.0, lse)
-    if dout is None or dlse is not None or output_mask[3]:
-        gradients = _unfused_backward(call, dout, dlse, mask)
-    else:
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            *(_flat(x) for x in (dout, call.query, call.key, call.value, out)),
-            lse,
-            0.0,
-            _is_causal(call),
-            attn_mask=mask,
-            scale=call.scale,
-        )
-    found: list[Tensor | None] = []
-    for gradient, x, wanted in zip(gradients, (call.query, call.key, call.value), output_mask, strict=False):
-        found.append(gradient.transpose(1, 2).contiguous().view(x.shape).to(x.dtype) if wanted else None)
-    dmask = None
-    if output_mask[3]:
-        dmask = gradients[3].view(call.scores_shape).sum_to_size(call.attn_mask.shape).to(call.attn_mask.dtype)
-    return (*found, dmask.contiguous() if dmask is not None else None, None, None)
-
-
-def _unfused_backward(
-    call: DenseCall, dout: Tensor | None, dlse: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dquery, dkey, dvalue (B, heads, length, size) and dscores (B, H, L, S), in fp32."""
-    query, key, value = (_flat(x) for x in (call.query, call.key, call.value))
-    dout = torch.zeros_like(query) if dout is None else _flat(dout)
-    scores = head_matmul(query, key.mT) * call.scale
-    if mask is not None:
-        scores = scores + mask
-    if _is_causal(call):
-        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu(1)
-    weights, lse = softmax(scores)
-    dweights = head_matmul(dout, value.mT)
-    delta = (weights * dweights).sum(-1, keepdim=True)
-    if dlse is not None:
-        delta = delta - dlse.reshape(lse.shape).unsqueeze(-1)
-    dscores = weights * (dweights - delta)
-    dquery, dkey = head_matmul(dscores, key) * call.scale, _by_shared_head(dscores, query, key) * call.scale
-    return dquery, dkey, _by_shared_head(weights, dout, value), dscores
-
-
-def _by_shared_head(rows: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """rows' · right, (B, H, L, S) and (B, H, L, K) to (B, Hkv, S, K): summed over the heads that share a key head."""
-    shape = (like.shape[0], like.shape[1], -1)
-    return rows.reshape(*shape, rows.shape[-1]).mT @ right.reshape(*shape, right.shape[-1])
 
 
 def torch_attention(*args: Any) -> Tensor:

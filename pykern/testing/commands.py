@@ -155,7 +155,7 @@ def forward_ops() -> dict[str, OpSpec]:
 
 def backend_table() -> str:
     """The op × backend table of the README."""
-    names = ["reference", "aten", "cpu", "triton", "cuda"]
+    names = ["reference", "cpu", "triton", "cuda"]
     lines = ["| op | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for name, spec in forward_ops().items():
         if spec.namespace == "pykern":

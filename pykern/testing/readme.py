@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def feature_table() -> str:
     """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
     spec = pykern.catalogue()["attention"]
-    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",), "aten": ("aten", "cpu")}
+    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
     rows += [(str(d)[6:], next(features(Make("cpu", d)))) for d in (torch.float16, torch.float32, torch.float64)]
