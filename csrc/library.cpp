@@ -47,4 +47,19 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
       " Tensor? alibi_slopes, Tensor? sinks, Tensor? rng, float dropout_p, float scale, bool enable_gqa,"
       " int? window_left, int? window_right, float? softcap, str align, Tensor out, Tensor lse, bool[6] output_mask)"
       " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dattn_mask, Tensor dalibi_slopes, Tensor dsinks)");
+  m.def(
+      "attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+      " int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? seqused_k,"
+      " Tensor? block_table, Tensor? rng, float dropout_p, float scale, int? window_left, int? window_right,"
+      " float? softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_varlen_backward(Tensor? dout, Tensor? dlse, Tensor query, Tensor key, Tensor value,"
+      " Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? alibi_slopes,"
+      " Tensor? sinks, Tensor? seqused_k, Tensor? block_table, Tensor? rng, float dropout_p, float scale,"
+      " int? window_left, int? window_right, float? softcap, Tensor out, Tensor lse, bool[5] output_mask)"
+      " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dalibi_slopes, Tensor dsinks)");
+  m.def(
+      "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor? block_table,"
+      " Tensor? alibi_slopes, Tensor? sinks, float scale, int? window_left, float? softcap)"
+      " -> (Tensor out, Tensor lse)");
 }

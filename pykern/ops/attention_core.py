@@ -49,6 +49,49 @@ class DenseCall(NamedTuple):
         return (*self.lead, self.query.shape[-2], self.query.shape[-3], self.key.shape[-3])
 
 
+class VarlenCall(NamedTuple):
+    """The arguments of the packed op, in its order; query (total, H, E)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    seqused_k: Tensor | None
+    block_table: Tensor | None
+    rng: Tensor | None
+    dropout_p: float
+    scale: float
+    window_left: int | None
+    window_right: int | None
+    softcap: float | None
+
+
+class DecodeCall(NamedTuple):
+    """The arguments of the cached op, in its order; query (B, L, H, E)."""
+
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    cache_seqlens: Tensor
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    scale: float
+    window_left: int | None
+    softcap: float | None
+
+    @property
+    def capacity(self) -> int:
+        """How many keys a sequence can have."""
+        caches = self.key_cache.shape[1]
+        return caches if self.block_table is None else caches * self.block_table.shape[1]
+
+
 @dataclass(frozen=True)
 class Scoring:
     """How a score becomes a weight, apart from what tensors say.

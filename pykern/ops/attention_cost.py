@@ -1,11 +1,12 @@
 """What a call of the three attention ops costs at the least: flops of matrix products, bytes moved."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pykern.ops.attention_core import DenseCall
+from pykern.ops.attention_core import DenseCall, VarlenCall
 from pykern.ops.attention_torch import key_lengths
 
 
@@ -53,14 +54,37 @@ def dense_backward_cost(dout: Tensor | None, dlse: Tensor | None, *args: Any) ->
     return 2.0 * _dense_pairs(call) * products, _bytes(dout, dlse, *inputs, out, lse, *gradients)
 
 
+def _varlen_pairs(args: Sequence[Any]) -> int:
+    call, pairs = VarlenCall(*args), 0
+    bounds = call.cu_seqlens_q.tolist()
+    for start, end, length in zip(bounds, bounds[1:], key_lengths(args), strict=False):
+        pairs += allowed_pairs(end - start, length, length - (end - start), call.window_left, call.window_right)
+    return pairs * call.query.shape[1]
+
+
+def _present_bytes(x: Tensor, keys: int) -> int:
+    """Of keys or values (…, Hkv, size), those that some query may see."""
+    return keys * x.shape[-2] * x.shape[-1] * x.element_size()
+
+
 def varlen_cost(*args: Any) -> tuple[float, float]:
-    query, key, value, bounds = args[0], args[1], args[2], args[3].tolist()
-    pairs, keys = 0, key_lengths(args)
-    for start, end, length in zip(bounds, bounds[1:], keys, strict=False):
-        pairs += allowed_pairs(end - start, length, length - (end - start), args[14], args[15])
-    size, value_size = query.shape[-1], value.shape[-1]
-    moved = _bytes(query) + sum(keys) * key.shape[-2] * (size + value_size) * key.element_size()
-    return 2.0 * pairs * query.shape[1] * (size + value_size), moved + _output_bytes(query, value_size)
+    """Two products over the allowed pairs; what is in a sequence moved once."""
+    call, keys = VarlenCall(*args), sum(key_lengths(args))
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    moved = _bytes(call.query) + _present_bytes(call.key, keys) + _present_bytes(call.value, keys)
+    return 2.0 * _varlen_pairs(args) * (size + value_size), moved + _output_bytes(call.query, value_size)
+
+
+def varlen_backward_cost(dout: Tensor | None, dlse: Tensor | None, *args: Any) -> tuple[float, float]:
+    """As dense attention's, over the allowed pairs."""
+    *forward, out, lse, output_mask = args
+    call, keys = VarlenCall(*forward), sum(key_lengths(forward))
+    size, value_size = call.query.shape[-1], call.value.shape[-1]
+    products = size + value_size + size * (output_mask[0] + output_mask[1]) + value_size * output_mask[2]
+    moved = _bytes(dout, dlse, call.query, out, lse) + _present_bytes(call.key, keys) + _present_bytes(call.value, keys)
+    inputs = (call.query, call.key, call.value)
+    moved += _bytes(*(x for x, wanted in zip(inputs, output_mask, strict=False) if wanted))
+    return 2.0 * _varlen_pairs(forward) * products, moved
 
 
 def decode_cost(*args: Any) -> tuple[float, float]:

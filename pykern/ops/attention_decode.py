@@ -1,7 +1,7 @@
 """Attention of a few new tokens against a cache of keys and values, contiguous or in pages."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pykern.ops.attention_checks import (
     window_bounds,
 )
 from pykern.ops.attention_core import (
+    DecodeCall,
     Scoring,
     attend,
     default_scale,
@@ -26,31 +27,12 @@ from pykern.ops.attention_core import (
     take_pages,
 )
 from pykern.ops.attention_cost import decode_cost
+from pykern.ops.attention_packed_backends import DECODE, DECODE_LACKS
 from pykern.ops.attention_packed_samples import decode_bad, decode_samples
 from pykern.ops.attention_torch import torch_decode
+from pykern.ops.attention_varlen import attention_varlen
 
 MAX_LENGTH = 16
-
-
-class DecodeCall(NamedTuple):
-    """The arguments of the op, in its order."""
-
-    query: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
-    cache_seqlens: Tensor
-    block_table: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    scale: float
-    window_left: int | None
-    softcap: float | None
-
-    @property
-    def capacity(self) -> int:
-        """How many keys a sequence can have."""
-        caches = self.key_cache.shape[1]
-        return caches if self.block_table is None else caches * self.block_table.shape[1]
 
 
 def attention_decode_reference(*args: Any) -> tuple[Tensor, Tensor]:
@@ -110,12 +92,39 @@ _attention_decode = define(
         query.new_empty((*query.shape[:-1], value_cache.shape[-1])),
         query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=statistic_dtype(query)),
     ),
+    backends=DECODE,
+    supports=DECODE_LACKS,
     autocast=dict.fromkeys(("query", "key_cache", "value_cache"), "lower"),
     samples=decode_samples,
     bad=decode_bad,
     cost=decode_cost,
     peers={"torch": torch_decode},
 )
+
+
+def _as_packed(call: DecodeCall) -> tuple[Tensor, Tensor]:
+    """The same by attention_varlen, for which a contiguous cache is one page a sequence."""
+    (batch, length), device = call.query.shape[:2], call.query.device
+    table, boundaries = call.block_table, torch.arange(batch + 1, dtype=torch.int32, device=device)
+    out, lse = attention_varlen(
+        call.query.flatten(0, 1),
+        call.key_cache,
+        call.value_cache,
+        boundaries * length,
+        torch.zeros_like(boundaries),
+        length,
+        call.capacity,
+        is_causal=True,
+        scale=call.scale,
+        window=(call.window_left, 0),
+        softcap=call.softcap,
+        alibi_slopes=call.alibi_slopes,
+        sinks=call.sinks,
+        seqused_k=call.cache_seqlens,
+        block_table=boundaries[:-1, None] if table is None else table,
+        return_lse=True,
+    )
+    return out.unflatten(0, (batch, length)), lse.unflatten(1, (batch, length)).transpose(0, 1)
 
 
 @_attention_decode.public
@@ -132,6 +141,7 @@ def attention_decode(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of the last L tokens of each sequence against its cache; causal, aligned bottom-right.
 
@@ -150,6 +160,9 @@ def attention_decode(
         softcap, sinks: as in `attention`.
         alibi_slopes: (H,) or (B, H).
         return_lse: also return the log-sum-exp of the scores.
+        batch_invariant: computed by the kernel of `attention_varlen`, which never divides a sequence's keys: a result
+            does not depend on the rest of the batch, on L or on the pages, and equals that of a packed batch in which
+            the token is one of many, as in training. Slower where there are few sequences and many keys.
 
     Returns:
         (B, L, H, Ev) in the query's dtype, with return_lse followed by (B, H, L) in fp32 (fp64 for fp64).
@@ -176,5 +189,5 @@ def attention_decode(
         check_lengths("cache_seqlens", lengths, [call.capacity] * len(lengths))
         if block_table is not None:
             check_pages(block_table.tolist(), lengths, key_cache)
-    out, lse = _attention_decode(*call)
+    out, lse = _as_packed(call) if batch_invariant else _attention_decode(*call)
     return (out, lse) if return_lse else out

@@ -156,14 +156,14 @@ def _grid(make: Any) -> Iterator[Sample]:
 
 
 def _pairs(make: Any) -> Iterator[Sample]:
-    """Every two features, over several blocks."""
-    length, keys, heads = 131, 150, 4
+    """Every two features, over several blocks; many heads, because slopes and sinks have one number a head."""
+    length, keys, heads = 131, 150, 16
     found: dict[str, dict[str, Any]] = {
         "window": {"window_left": 70, "window_right": 9},
         "causal": _CAUSAL,  # behind the window, whose right side it narrows
         "bottom right": {"align": "bottom_right"},
-        "grouped heads": {"key_heads": 2},
-        "value size": {"value_size": 48},
+        "grouped heads": {"key_heads": 4},
+        "value size": {"value_size": 24},
         "softcap": {"softcap": 2.0},
         "ALiBi": {"alibi_slopes": make(heads, dtype=torch.float32, scale=0.1)},
         "sinks": {"sinks": make(heads)},
@@ -176,7 +176,7 @@ def _pairs(make: Any) -> Iterator[Sample]:
             given = {**found[one], **found[other]}
             shape = (keys, given.pop("key_heads", heads))
             value_size = given.pop("value_size", 0)
-            yield Sample(f"{one} and {other}", _dense(make, (2, length, heads, 32), shape, value_size, **given))
+            yield Sample(f"{one} and {other}", _dense(make, (1, length, heads, 16), shape, value_size, **given))
 
 
 def dense_bad(make: Any) -> Bad:

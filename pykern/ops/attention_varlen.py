@@ -2,25 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pykern.ops._philox import draw_rng, keep_mask
-from pykern.ops._spec import define
-from pykern.ops.attention_checks import (
-    check_heads,
-    check_integers,
-    check_lengths,
-    check_pages,
-    check_scoring,
-    checks_on_host,
-    require,
-    window_bounds,
-)
+from pykern.ops._spec import define, define_backward
+from pykern.ops.attention_checks import checks_on_host, window_bounds
 from pykern.ops.attention_core import (
     Scoring,
+    VarlenCall,
     attend,
     default_scale,
     key_padding,
@@ -28,31 +20,11 @@ from pykern.ops.attention_core import (
     take_pages,
     take_rows,
 )
-from pykern.ops.attention_cost import varlen_cost
+from pykern.ops.attention_cost import varlen_backward_cost, varlen_cost
+from pykern.ops.attention_packed_backends import VARLEN, VARLEN_BACKWARD, VARLEN_BACKWARD_LACKS, VARLEN_LACKS
 from pykern.ops.attention_packed_samples import varlen_bad, varlen_samples
 from pykern.ops.attention_torch import torch_varlen
-
-
-class VarlenCall(NamedTuple):
-    """The arguments of the op, in its order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seqused_k: Tensor | None
-    block_table: Tensor | None
-    rng: Tensor | None
-    dropout_p: float
-    scale: float
-    window_left: int | None
-    window_right: int | None
-    softcap: float | None
+from pykern.ops.attention_varlen_checks import check_varlen, check_varlen_backward, check_varlen_values
 
 
 def _segments(boundaries: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +46,7 @@ def attention_varlen_reference(*args: Any) -> tuple[Tensor, Tensor]:
     if call.dropout_p > 0:
         head = torch.arange(heads, device=query.device).unsqueeze(-1)
         keep = keep_mask(call.rng, row.unsqueeze(1) * heads + head, call.max_seqlen_k, call.dropout_p)
+        keep = keep[..., : key.shape[1]]  # a table may have room for fewer keys
     offset = (keys_length - length)[:, None, None, None]
     out, lse = attend(
         *(x.transpose(1, 2) for x in (padded, key, value)),
@@ -118,81 +91,17 @@ def _packed_index(call: VarlenCall, start: Tensor, length: Tensor) -> tuple[Tens
     return sequence * call.max_seqlen_q + position, (position >= 0) & (position < length[sequence])
 
 
-def _check(*args: Any) -> None:
-    call = VarlenCall(*args)
-    query = call.query
-    require(query.dim() == 3, lambda: f"query: expected (total, heads, size), got {tuple(query.shape)}")
-    _check_keys("key", call.key, call)
-    _check_keys("value", call.value, call)
-    check_heads(query, call.key, call.value, grouped=True)
-    boundaries = call.cu_seqlens_q
-    require(
-        boundaries.dim() == 1 and boundaries.shape[0] >= 1,
-        lambda: f"cu_seqlens_q: expected shape (sequences + 1,), got {tuple(boundaries.shape)}",
-    )
-    batch = boundaries.shape[0] - 1
-    check_integers("cu_seqlens_q", boundaries, query, (batch + 1,))
-    check_integers("cu_seqlens_k", call.cu_seqlens_k, query, (batch + 1,))
-    _check_longest("max_seqlen_q", call.max_seqlen_q)
-    _check_longest("max_seqlen_k", call.max_seqlen_k)
-    if call.seqused_k is not None:
-        check_integers("seqused_k", call.seqused_k, query, (batch,))
-    if call.block_table is not None:
-        check_integers("block_table", call.block_table, query, (batch, -1))
-    check_scoring(
-        query,
-        (batch,),
-        call.alibi_slopes,
-        call.sinks,
-        call.window_left,
-        call.window_right,
-        call.softcap,
-        call.rng,
-        call.dropout_p,
-    )
-
-
-def _check_keys(name: str, x: Tensor, call: VarlenCall) -> None:
-    rank, layout = (
-        (4, "(blocks, block_size, heads, size)") if call.block_table is not None else (3, "(total, heads, size)")
-    )
-    require(x.dim() == rank, lambda: f"{name}: expected {layout}, got {tuple(x.shape)}")
-    got, wanted = tuple(x.shape[: rank - 2]), tuple(call.key.shape[: rank - 2])
-    require(got == wanted, lambda: f"{name}: expected {wanted} in {layout} as the key's, got {got}")
-
-
-def _check_longest(name: str, longest: int) -> None:
-    require(longest >= 0, lambda: f"{name}: expected at least 0, got {longest}")
-
-
-def _check_boundaries(name: str, boundaries: list[int], total: int | None, longest: int) -> None:
-    if not boundaries or boundaries[0] != 0:
-        raise ValueError(f"{name}: expected to start at 0, got {boundaries[:1]}")
-    for i, (start, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
-        if end < start:
-            raise ValueError(f"{name}: expected not to decrease, got {start} before {end} at sequence {i}")
-        if end - start > longest:
-            raise ValueError(
-                f"max_seqlen_{name[-1]}: expected at least {end - start}, sequence {i}'s length, got {longest}"
-            )
-    if total is not None and boundaries[-1] > total:
-        raise ValueError(f"{name}: expected at most {total} rows, got {boundaries[-1]}")
-
-
-def _check_values(call: VarlenCall) -> None:
-    """What only the device knows, under PYKERN_CHECKS=1."""
-    paged, used = call.block_table is not None, call.seqused_k
-    boundaries = call.cu_seqlens_k.tolist()
-    _check_boundaries("cu_seqlens_q", call.cu_seqlens_q.tolist(), call.query.shape[0], call.max_seqlen_q)
-    if used is None or not paged:
-        _check_boundaries("cu_seqlens_k", boundaries, None if paged else call.key.shape[0], call.max_seqlen_k)
-    lengths = [end - start for start, end in zip(boundaries, boundaries[1:], strict=False)]
-    if used is not None:
-        check_lengths("seqused_k", used.tolist(), [call.max_seqlen_k] * len(lengths) if paged else lengths)
-        lengths = used.tolist()
-    if paged:
-        check_pages(call.block_table.tolist(), lengths, call.key)
-
+_attention_varlen_backward = define_backward(
+    "pykern::attention_varlen_backward(Tensor? dout, Tensor? dlse, Tensor query, Tensor key, Tensor value,"
+    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? alibi_slopes,"
+    " Tensor? sinks, Tensor? seqused_k, Tensor? block_table, Tensor? rng, float dropout_p, float scale,"
+    " int? window_left, int? window_right, float? softcap, Tensor out, Tensor lse, bool[5] output_mask, *,"
+    " str? backend=None) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dalibi_slopes, Tensor dsinks)",
+    check=check_varlen_backward,
+    backends=VARLEN_BACKWARD,
+    supports=VARLEN_BACKWARD_LACKS,
+    cost=varlen_backward_cost,
+)
 
 _attention_varlen = define(
     "pykern::attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
@@ -200,11 +109,14 @@ _attention_varlen = define(
     " Tensor? block_table, Tensor? rng, float dropout_p, float scale, int? window_left, int? window_right,"
     " float? softcap, *, str? backend=None) -> (Tensor out, Tensor lse)",
     reference=attention_varlen_reference,
-    check=_check,
+    check=check_varlen,
     fake=lambda query, key, value, *_: (
         query.new_empty((*query.shape[:-1], value.shape[-1])),
         query.new_empty((query.shape[1], query.shape[0]), dtype=statistic_dtype(query)),
     ),
+    backends=VARLEN,
+    supports=VARLEN_LACKS,
+    backward=_attention_varlen_backward,
     autocast=dict.fromkeys(("query", "key", "value"), "lower"),
     samples=varlen_samples,
     bad=varlen_bad,
@@ -280,7 +192,7 @@ def attention_varlen(
         softcap,
     )
     if checks_on_host(query):
-        _check(*call)
-        _check_values(call)
+        check_varlen(*call)
+        check_varlen_values(call)
     out, lse = _attention_varlen(*call)
     return (out, lse) if return_lse else out
