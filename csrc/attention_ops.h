@@ -15,6 +15,16 @@
 
 namespace pykern {
 
+inline int at_most_positions(int64_t size) {
+  STD_TORCH_CHECK(size <= kMostPositions, "a length, a number of heads or a size is above 2^29: ", size);
+  return static_cast<int>(size);
+}
+
+// One side of a band.
+inline int reach(std::optional<int64_t> window) {
+  return static_cast<int>(std::min<int64_t>(window.value_or(kUnlimited), kUnlimited));
+}
+
 // The sizes of query (…, L, H, E), key (…, S, Hkv, E) and value (…, S, Hkv, Ev), and which keys a query sees.
 struct AttentionShape {
   AttentionShape(
@@ -33,11 +43,7 @@ struct AttentionShape {
     }
     leading.assign(query.sizes().begin(), query.sizes().begin() + lead);
     for (int64_t size : leading) batch *= size;
-    const auto tail = [&](const Tensor& t, size_t d) {
-      const int64_t size = t.size(lead + d);
-      STD_TORCH_CHECK(size <= kMostPositions, "a length, a number of heads or a size is above 2^29: ", size);
-      return static_cast<int>(size);
-    };
+    const auto tail = [&](const Tensor& t, size_t d) { return at_most_positions(t.size(lead + d)); };
     heads = tail(query, 1), key_heads = tail(key, 1);
     size = tail(query, 2), value_size = tail(value, 2);
     band = {tail(query, 0), tail(key, 0), 0, reach(window_left), reach(window_right)};
@@ -66,10 +72,6 @@ struct AttentionShape {
   Band band;
 
  private:
-  static int reach(std::optional<int64_t> window) {
-    return static_cast<int>(std::min<int64_t>(window.value_or(kUnlimited), kUnlimited));
-  }
-
   std::vector<int64_t> with_leading(std::initializer_list<int64_t> tail) const {
     std::vector<int64_t> sizes = leading;
     sizes.insert(sizes.end(), tail);

@@ -8,8 +8,13 @@ read once for a block of queries, and scores never leave the registers.
 Blocks of keys that every query of the block sees run a loop without any comparison; those on the edges of the band or
 of the tensor run another. Both are the same lines, compiled twice. Blocks that no query sees are never visited.
 
+Packed sequences, attention_varlen.py, run the same kernel with a grid for the longest: a program looks up where its
+sequence lies, and leaves where it has no queries. Keys in pages are then looked up row by row.
+
 What a tile is, its size on each device, and what is compiled in: attention_tiles.py.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -19,17 +24,27 @@ from pykern.kernels.attention_scores import (
     LOG2E,
     Band,
     base2_scores,
-    fold_mask,
-    fold_slopes,
+    dropout_rows,
     is_allowed,
-    keep_threshold,
     kept,
     load_bias,
     load_permitted,
     load_slope,
+    score_arguments,
     visible_range,
 )
-from pykern.kernels.attention_tiles import SIZES, Config, Operands, choose, in_elements, load_tile, of_head, store_rows
+from pykern.kernels.attention_sequences import clear_outside, load_keys, packed_keys, query_block, statistics_line
+from pykern.kernels.attention_tiles import (
+    SIZES,
+    Config,
+    Operands,
+    choose,
+    in_elements,
+    load_tile,
+    of_head,
+    own_rows,
+    store_rows,
+)
 from pykern.kernels.norm import on
 from torch import Tensor
 
@@ -38,6 +53,8 @@ _FORWARD = {
     "fp32": {64: Config(64, 16, 8, 3), 256: Config(32, 16, 4, 3)},
     "plain": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
     "small": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 3)},
+    # Each row of keys has an address of its own.
+    "pages": {64: Config(128, 64, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(64, 16, 8, 3)},
     # Two warp groups of 64 queries each, whose accumulators fill the registers.
     "plain, descriptors": {
         64: Config(128, 128, 8, 3, descriptors=True),
@@ -68,7 +85,7 @@ def _forward_kernel(
     sinks,  # (H,), or None
     rng,  # (2,), None without dropout
     out,  # (B, L, H, OUT)
-    lse,  # (B, H, L)
+    lse,  # (B, H, L), or (H, total)
     heads,
     group,  # query heads that share a key head
     queries,
@@ -105,21 +122,38 @@ def _forward_kernel(
     BLOCK_EV: tl.constexpr,
     PART: tl.constexpr,  # of E, in one product
     PRECISION: tl.constexpr,
+    cu_queries=None,  # (B + 1,), for packed sequences alone as are the following; `queries`, `keys` are then the most
+    cu_keys=None,
+    used=None,  # (B,), how many of the keys are there
+    table=None,  # (B, pages), with key and value (blocks, Hkv, PAGE, …)
+    query_rows=None,  # rows of all sequences
+    key_rows=None,  # the same, or blocks
+    pages=None,
+    columns=None,  # of a row of dropout
+    PAGE: tl.constexpr = 1,
 ):
-    # The last queries of a causal head see the most keys: they come first, and the short ones fill the end.
-    blocks = tl.cdiv(queries, BLOCK_M)
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head = tl.program_id(0) // blocks % heads
-    batch = tl.program_id(0) // blocks // heads
+    turns = tl.cdiv(queries, BLOCK_M)
+    batch, head, origin, queries, first = query_block(cu_queries, query_rows, queries, heads, BLOCK_M)
+    origin = None if cu_queries is None else origin
     key_head = head // group
-    place = batch.to(tl.int64) * heads + head
+    line = statistics_line(batch, head, heads, queries, origin, query_rows)
+    key_origin = None
+    if cu_queries is None:
+        columns = keys
+    else:
+        end = origin + queries
+        clear_outside(out, lse, cu_queries, batch, head, heads, end, query_rows, turns, OUT, BLOCK_M, BLOCK_EV)
+        if first < 0:
+            return
+        key_origin, keys = packed_keys(cu_keys, used, table, batch, key_rows, keys)
+        offset = keys - queries
 
     q_row = in_elements(q_row, UNIT)
     k_row = in_elements(k_row, UNIT)
     v_row = in_elements(v_row, UNIT)
     query = of_head(query, batch, head, q_batch, q_head, UNIT)
-    key = of_head(key, batch, key_head, k_batch, k_head, UNIT)
-    value = of_head(value, batch, key_head, v_batch, v_head, UNIT)
+    key = of_head(key, batch, key_head, k_batch if table is None else 0, k_head, UNIT)
+    value = of_head(value, batch, key_head, v_batch if table is None else 0, v_head, UNIT)
     mask = of_head(mask, batch, head, mask_batch, mask_head, 1)
     slope = load_slope(slopes, batch, head, slope_batch, slope_head, True)
     PLAIN: tl.constexpr = softcap is None and slopes is None and mask is None
@@ -127,7 +161,7 @@ def _forward_kernel(
     row = first + tl.arange(0, BLOCK_M)[:, None]  # (M, 1)
     live = row < queries
     if PART == BLOCK_E:
-        q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E)
+        q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E, origin)
 
     top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 1), tl.float32)
@@ -149,13 +183,49 @@ def _forward_kernel(
             column = at + tl.arange(0, BLOCK_N)[None, :]  # (1, N)
             existing = keys if EDGE else None
             if PART == BLOCK_E:
-                k = load_tile(key, batch, key_head, at, existing, k_row, 0, E, BLOCK_N, BLOCK_E)
+                k = load_keys(
+                    key,
+                    table,
+                    batch,
+                    key_head,
+                    at,
+                    existing,
+                    k_batch,
+                    k_row,
+                    0,
+                    pages,
+                    key_rows,
+                    key_origin,
+                    UNIT,
+                    E,
+                    BLOCK_N,
+                    BLOCK_E,
+                    PAGE,
+                )
                 products = tl.dot(q, k.T, input_precision=PRECISION)  # (M, N)
             else:
                 products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 for part in range(0, E, PART):
-                    q = load_tile(query, batch, head, first, queries, q_row, part, E, BLOCK_M, PART)
-                    k = load_tile(key, batch, key_head, at, existing, k_row, part, E, BLOCK_N, PART)
+                    q = load_tile(query, batch, head, first, queries, q_row, part, E, BLOCK_M, PART, origin)
+                    k = load_keys(
+                        key,
+                        table,
+                        batch,
+                        key_head,
+                        at,
+                        existing,
+                        k_batch,
+                        k_row,
+                        part,
+                        pages,
+                        key_rows,
+                        key_origin,
+                        UNIT,
+                        E,
+                        BLOCK_N,
+                        PART,
+                        PAGE,
+                    )
                     products = tl.dot(q, k.T, products, input_precision=PRECISION)
             inside = column < keys if EDGE else None
             bias = load_bias(mask, row, column, mask_query, mask_key, live, inside)
@@ -177,16 +247,62 @@ def _forward_kernel(
             fading = tl.exp2(top - shift)
             total = total * fading + tl.sum(weights, 1, keep_dims=True)
             if rng is not None:
-                weights = tl.where(kept(rng, place * queries + row, at, keys, threshold, BLOCK_N), weights, 0.0)
-            v = load_tile(value, batch, key_head, at, existing, v_row, 0, EV, BLOCK_N, BLOCK_EV)
+                keep = kept(rng, dropout_rows(row, line, origin, head, heads), at, columns, threshold, BLOCK_N)
+                weights = tl.where(keep, weights, 0.0)
+            v = load_keys(
+                value,
+                table,
+                batch,
+                key_head,
+                at,
+                existing,
+                v_batch,
+                v_row,
+                0,
+                pages,
+                key_rows,
+                key_origin,
+                UNIT,
+                EV,
+                BLOCK_N,
+                BLOCK_EV,
+                PAGE,
+            )
+            v = own_rows(v, at, existing, v_row, key_origin)
             result = tl.dot(weights.to(v.dtype), v, result * fading, input_precision=PRECISION)
             top = best
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    tl.store(lse + place * queries + row, tl.where(empty, float("-inf"), tl.fma(top, LN2, tl.log(total))), mask=live)
+    tl.store(lse + line + row, tl.where(empty, float("-inf"), tl.fma(top, LN2, tl.log(total))), mask=live)
     result *= survival / total
-    store_rows(out, result, batch, head, first, queries, heads, OUT, BLOCK_M, BLOCK_EV)
+    store_rows(out, result, batch, head, first, queries, heads, OUT, BLOCK_M, BLOCK_EV, origin)
+
+
+def run_forward(
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    operands: Operands,
+    scores: dict[str, Any],
+    batch: int,
+    **packed: Any,
+) -> None:
+    """Launches on operands that are not empty; `scores` as `score_arguments` gives them, `packed` for sequences."""
+    features = any(scores[name] is not None for name in ("softcap", "slopes", "mask", "rng"))
+    config = forward_config(operands, features)
+    tiles = operands.arguments(config)
+    with on(out.device):
+        _forward_kernel[(batch * scores["heads"] * triton.cdiv(scores["queries"], config.queries),)](
+            sinks=None if sinks is None else sinks.contiguous(),
+            out=out,
+            lse=lse,
+            **scores,
+            **tiles,
+            **packed,
+            OUT=out.shape[-1],
+            PART=FP32_PART if out.dtype == torch.float32 else tiles["BLOCK_E"],
+        )
 
 
 def attention(
@@ -214,33 +330,8 @@ def attention(
     if scale < 0:  # the largest score is found among the products
         query, scale = -query, -scale
     operands = Operands(query, key, value)
-    mask, mask_strides = fold_mask(attn_mask, lead)
-    slopes, *slope_strides = fold_slopes(alibi_slopes, heads)
-    threshold, survival = keep_threshold(dropout_p)
-    features = dropout_p > 0 or any(x is not None for x in (softcap, alibi_slopes, attn_mask))
-    config = forward_config(operands, features)
-    tiles = operands.arguments(config)
-    with on(query.device):
-        _forward_kernel[(lse.numel() // queries * triton.cdiv(queries, config.queries),)](
-            mask=mask,
-            slopes=slopes,
-            sinks=None if sinks is None else sinks.contiguous(),
-            rng=rng.contiguous() if dropout_p > 0 else None,
-            out=out,
-            lse=lse,
-            heads=heads,
-            group=heads // key_heads,
-            queries=queries,
-            keys=keys,
-            **Band.of(queries, keys, window_left, window_right, align)._asdict(),
-            scale=scale * LOG2E.value if softcap is None else scale / softcap,
-            softcap=None if softcap is None else softcap * LOG2E.value,
-            threshold=threshold,
-            survival=survival,
-            **dict(zip(("mask_batch", "mask_head", "mask_query", "mask_key"), mask_strides, strict=True)),
-            **dict(zip(("slope_batch", "slope_head"), slope_strides, strict=True)),
-            **tiles,
-            OUT=out.shape[-1],
-            PART=FP32_PART if query.dtype == torch.float32 else tiles["BLOCK_E"],
-        )
+    band = Band.of(queries, keys, window_left, window_right, align)
+    shape = heads, key_heads, queries, keys
+    scores = score_arguments(shape, band, scale, softcap, alibi_slopes, rng, dropout_p, attn_mask, lead)
+    run_forward(out, lse, sinks, operands, scores, lse.numel() // (heads * queries))
     return out, lse

@@ -128,11 +128,15 @@ def _bias_kernel(
 
     PRECISE: tl.constexpr = factor is not None
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for turn in tl.range(split, key_blocks * blocks * sharing_heads * sharers, splits):
-        at_key = key_start + turn % key_blocks * BLOCK_N
-        at = start + turn // key_blocks % blocks * BLOCK_M
-        head = owned_head + turn // key_blocks // blocks % sharing_heads
-        batch = owner * owner_step + turn // key_blocks // blocks // sharing_heads * sharer_step
+    # Where long sequences share one element, readers times tiles are more than 32 bits count: two numbers walk on.
+    tiles = tl.maximum(key_blocks * blocks, 1)
+    tile, reader = split % tiles, split // tiles
+    turns = tl.cdiv(sharing_heads.to(tl.int64) * sharers * key_blocks * blocks - split, splits)
+    for _ in tl.range(0, turns):
+        at_key = key_start + tile % key_blocks * BLOCK_N
+        at = start + tile // key_blocks * BLOCK_M
+        head = owned_head + reader % sharing_heads
+        batch = owner * owner_step + reader // sharing_heads * sharer_step
         key_head = head // group
         place = batch.to(tl.int64) * heads + head
         row = at + tl.arange(0, BLOCK_M)  # (M,)
@@ -177,6 +181,9 @@ def _bias_kernel(
             dweights = tl.dot(do, v.T, input_precision=PRECISION)
         shift = load_row(delta + place * queries, row, queries)[:, None]
         total += tile_dscores(weights, dweights, shift, keep, survival)
+        tile += splits % tiles
+        reader += splits // tiles + tl.where(tile >= tiles, 1, 0)
+        tile -= tl.where(tile >= tiles, tiles, 0)
 
     row, column = first + tl.arange(0, BLOCK_M)[:, None], first_key + tl.arange(0, BLOCK_N)[None, :]
     rows, columns = queries, keys

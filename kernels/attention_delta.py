@@ -13,14 +13,14 @@ import torch
 import triton
 import triton.language as tl
 from pykern.kernels.attention_dscores import BACKWARD_SIZES, load_lse, survivors, tile_weights
-from pykern.kernels.attention_scores import LOG2E, kept, load_slope, visible_range
+from pykern.kernels.attention_scores import LOG2E, dropout_rows, kept, load_slope, visible_range
+from pykern.kernels.attention_sequences import packed_keys, query_block, statistics_line
 from pykern.kernels.attention_tiles import (
-    Config,
-    Operands,
     block_size,
     in_elements,
     load_tile,
     of_head,
+    own_columns,
     strides_in_units,
 )
 from torch import Tensor
@@ -68,7 +68,7 @@ def _statistics_kernel(
     slopes,  # (B, H), or None
     sinks,  # (H,), or None
     rng,  # (2,), None without dropout
-    lse,  # (B, H, L)
+    lse,  # (B, H, L), or (H, total) as are the next three
     dlse,  # (B, H, L), or None
     delta,  # (B, H, L), or None
     factor,  # (B, H, L): what weights from lse are multiplied by
@@ -109,14 +109,25 @@ def _statistics_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_EV: tl.constexpr,
     PRECISION: tl.constexpr,
+    cu_queries=None,  # (B + 1,), for packed sequences alone as are the following; `queries`, `keys` are then the most
+    cu_keys=None,
+    used=None,  # (B,), how many of the keys are there
+    query_rows=None,  # rows of all sequences
+    key_rows=None,
+    columns=None,  # of a row of dropout
 ):
-    # The last queries of a causal head see the most keys and come first.
-    blocks = tl.cdiv(queries, BLOCK_M)
-    first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    head = tl.program_id(0) // blocks % heads
-    batch = tl.program_id(0) // blocks // heads
+    batch, head, origin, queries, first = query_block(cu_queries, query_rows, queries, heads, BLOCK_M)
+    origin = None if cu_queries is None else origin
     key_head = head // group
-    place = batch.to(tl.int64) * heads + head
+    line = statistics_line(batch, head, heads, queries, origin, query_rows)
+    key_origin = None
+    if cu_queries is None:
+        columns = keys
+    else:
+        key_origin, keys = packed_keys(cu_keys, used, None, batch, key_rows, keys)
+        offset = keys - queries
+        if first < 0:
+            return
     k_row = in_elements(k_row, UNIT)
     v_row = in_elements(v_row, UNIT)
 
@@ -126,20 +137,22 @@ def _statistics_kernel(
     # Without tensor cores a product takes its operands in registers, which cannot keep them from block to block.
     RELOAD: tl.constexpr = q_row is not None and query.dtype.element_ty == tl.float32
     if not RELOAD:
-        q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E)
+        q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E, origin)
     if delta is not None and dout is not None:
         dout = of_head(dout, batch, head, o_batch, o_head, UNIT)
         if not RELOAD:
-            do = load_tile(dout, batch, head, first, queries, o_row, 0, EV, BLOCK_M, BLOCK_EV)
+            do = load_tile(dout, batch, head, first, queries, o_row, 0, EV, BLOCK_M, BLOCK_EV, origin)
     key = of_head(key, batch, key_head, k_batch, k_head, UNIT)
     value = of_head(value, batch, key_head, v_batch, v_head, UNIT)
     mask = of_head(mask, batch, head, mask_batch, mask_head, 1)
     slope = load_slope(slopes, batch, head, slope_batch, slope_head, False)
     row = first + tl.arange(0, BLOCK_M)  # (M,)
-    norm = load_lse(lse + place * queries, row, queries)
+    norm = load_lse(lse + line, row, queries)
     mean = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    only = tl.full((BLOCK_M,), float("inf"), tl.float32)  # the gradient of the one weight so far; NaN of several
     if sinks is not None:
+        only = tl.full((BLOCK_M,), float("nan"), tl.float32)
         total += tl.exp2((tl.load(sinks + head).to(tl.float32) - norm) * LOG2E)
 
     last = tl.minimum(first + BLOCK_M, queries) - 1
@@ -154,8 +167,8 @@ def _statistics_kernel(
             existing = keys if EDGE else None
             column = at + tl.arange(0, BLOCK_N)[None, :]  # (1, N)
             if RELOAD:
-                q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E)
-            k = load_tile(key, batch, key_head, at, existing, k_row, 0, E, BLOCK_N, BLOCK_E)
+                q = load_tile(query, batch, head, first, queries, q_row, 0, E, BLOCK_M, BLOCK_E, origin)
+            k = load_tile(key, batch, key_head, at, existing, k_row, 0, E, BLOCK_N, BLOCK_E, key_origin)
             weights, slack = tile_weights(
                 tl.dot(q, k.T, input_precision=PRECISION),  # (M, N)
                 row[:, None],
@@ -181,21 +194,29 @@ def _statistics_kernel(
             if delta is not None and dout is not None:
                 keep = None
                 if rng is not None:
-                    keep = kept(rng, place * queries + row[:, None], at, keys, threshold, BLOCK_N)
+                    counted = dropout_rows(row[:, None], line, origin, head, heads)
+                    keep = kept(rng, counted, at, columns, threshold, BLOCK_N)
                 if RELOAD:
-                    do = load_tile(dout, batch, head, first, queries, o_row, 0, EV, BLOCK_M, BLOCK_EV)
-                v = load_tile(value, batch, key_head, at, existing, v_row, 0, EV, BLOCK_N, BLOCK_EV)
-                dweights = survivors(tl.dot(do, v.T, input_precision=PRECISION), keep, survival)
+                    do = load_tile(dout, batch, head, first, queries, o_row, 0, EV, BLOCK_M, BLOCK_EV, origin)
+                v = load_tile(value, batch, key_head, at, existing, v_row, 0, EV, BLOCK_N, BLOCK_EV, key_origin)
+                dweights = tl.dot(do, v.T, input_precision=PRECISION)
+                dweights = own_columns(dweights, column, existing, v_row, key_origin)
+                dweights = survivors(dweights, keep, survival)
                 mean += tl.sum(weights * dweights, 1)
+                seen = tl.sum((weights > 0.0).to(tl.int32), 1)
+                alone = tl.sum(tl.where(weights > 0.0, dweights, 0.0), 1)  # exact, if one is seen
+                fresh = (only == float("inf")) & (seen == 1)
+                only = tl.where(seen == 0, only, tl.where(fresh, alone, float("nan")))
 
     total = 1.0 / tl.where(total == 0.0, 1.0, total)
     live = row < queries
     if delta is not None:
         mean *= total
+        mean = tl.where(tl.abs(only) < float("inf"), only, mean)  # without rounding, where there is nothing to weigh
         if dlse is not None:
-            mean -= tl.load(dlse + place * queries + row, mask=live, other=0.0)
-        tl.store(delta + place * queries + row, mean, mask=live)
-    tl.store(factor + place * queries + row, total, mask=live)
+            mean -= tl.load(dlse + line + row, mask=live, other=0.0)
+        tl.store(delta + line + row, mean, mask=live)
+    tl.store(factor + line + row, total, mask=live)
 
 
 def delta_of_output(dout: Tensor | None, dlse: Tensor | None, out: Tensor) -> Tensor:
@@ -213,17 +234,19 @@ def delta_of_output(dout: Tensor | None, dlse: Tensor | None, out: Tensor) -> Te
 
 
 def exact_statistics(
+    grid: tuple[int],
     sinks: Tensor | None,
     dlse: Tensor | None,
     wants_delta: bool,
     common: dict[str, Any],
-    operands: Operands,
-    config: Config,
+    tiles: dict[str, Any],
 ) -> tuple[Tensor | None, Tensor]:
-    """delta as above, and by what weights are multiplied that come from lse, both (B, H, L)."""
+    """delta as above, and by what weights are multiplied that come from lse, both (B, H, L).
+
+    common, tiles: the arguments that the backward's kernels share, and `Operands.arguments`.
+    """
     lse = common["lse"]
     delta = torch.empty_like(lse) if wants_delta else None
     factor = torch.empty_like(lse)
-    grid = (len(lse) * common["heads"] * triton.cdiv(common["queries"], config.queries),)
-    _statistics_kernel[grid](sinks=sinks, dlse=dlse, delta=delta, factor=factor, **common, **operands.arguments(config))
+    _statistics_kernel[grid](sinks=sinks, dlse=dlse, delta=delta, factor=factor, **common, **tiles)
     return delta, factor

@@ -8,7 +8,7 @@ a backward with keys along the rows uses them too.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -159,7 +159,7 @@ def kept(rng, row, first, keys, threshold, COLUMNS: tl.constexpr):
 
     Args:
         rng: pointer to seed and offset.
-        row: (M, 1) int64, ((b · H + h) · L + i).
+        row: (M, 1) int64, as `dropout_rows` gives them.
         first: the first column, a multiple of 4.
         keys: how many columns a row has.
         threshold: as `keep_threshold` gives it.
@@ -176,6 +176,15 @@ def kept(rng, row, first, keys, threshold, COLUMNS: tl.constexpr):
     even = tl.join(word0 >= least, word2 >= least)  # (M, COLUMNS / 4, 2)
     odd = tl.join(word1 >= least, word3 >= least)
     return tl.reshape(tl.join(even, odd), (row.shape[0], COLUMNS))
+
+
+@triton.jit
+def dropout_rows(row, line, origin, head, heads):
+    """Rows of a head as dropout counts them: ((b · H + h) · L + i), or packed ((origin + i) · H + h).
+
+    line: of rows of statistics (B, H, L), the first of this head.
+    """
+    return line + row if origin is None else (origin + row).to(tl.int64) * heads + head
 
 
 def keep_threshold(p: float) -> tuple[int, float]:
@@ -229,3 +238,44 @@ def fold_slopes(slopes: Tensor | None, heads: int) -> tuple[Tensor | None, int, 
         return slopes, 0, slopes.stride(0)
     slopes = slopes.reshape(-1, heads)
     return slopes, slopes.stride(0), slopes.stride(1)
+
+
+def score_arguments(
+    shape: tuple[int, int, int, int],
+    band: Band,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    mask: Tensor | None = None,
+    lead: tuple[int, ...] = (),
+    base: float = LOG2E.value,
+) -> dict[str, Any]:
+    """What every kernel is told about scores and their weights.
+
+    Args:
+        shape: heads, key heads, queries, keys.
+        lead: batch dimensions that the mask broadcasts to.
+        base: what scores are multiplied by.
+    """
+    heads, key_heads, queries, keys = shape
+    mask, mask_strides = fold_mask(mask, lead)
+    slopes, *slope_strides = fold_slopes(slopes, heads)
+    threshold, survival = keep_threshold(dropout_p)
+    return {
+        "mask": mask,
+        "slopes": slopes,
+        "rng": rng.contiguous() if dropout_p > 0 else None,
+        "heads": heads,
+        "group": heads // key_heads,
+        "queries": queries,
+        "keys": keys,
+        **band._asdict(),
+        "scale": scale * base if softcap is None else scale / softcap,
+        "softcap": None if softcap is None else softcap * base,
+        "threshold": threshold,
+        "survival": survival,
+        **dict(zip(("mask_batch", "mask_head", "mask_query", "mask_key"), mask_strides, strict=True)),
+        **dict(zip(("slope_batch", "slope_head"), slope_strides, strict=True)),
+    }

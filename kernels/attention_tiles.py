@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 SIZES = [
     *("heads", "group", "queries", "keys", "offset", "left", "right", "threshold", "slope_batch", "slope_head"),
     *(f"{tensor}_{axis}" for tensor in "qkvo" for axis in ("batch", "row", "head")),
+    *("query_rows", "key_rows", "pages", "columns"),
 ]
 
 
@@ -58,16 +59,28 @@ def in_elements(stride, UNIT: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    source, batch, head, first, rows, row_stride, part, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    source,
+    batch,
+    head,
+    first,
+    rows,
+    row_stride,
+    part,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    origin=None,
 ):
     """(ROWS, COLUMNS) of a head from row `first` and column `part` on, zeros beyond `rows` and SIZE.
 
     source: a pointer to row 0 of the head, or where row_stride is None a descriptor of (B, H, length, size).
     rows: None if all of the tile's exist.
     row_stride: int64, as `in_elements` gives it.
+    origin: None, or the tensor's row that counts as row 0. A descriptor then reads on beyond `rows`: see `own_rows`.
     """
+    start = first if origin is None else origin + first
     if row_stride is None:
-        tile = source.load([batch, head, first, part]).reshape(ROWS, COLUMNS)
+        tile = source.load([batch if origin is None else 0, head, start, part]).reshape(ROWS, COLUMNS)
     else:
         row = tl.arange(0, ROWS)[:, None]
         column = part + tl.arange(0, COLUMNS)[None, :]
@@ -76,18 +89,51 @@ def load_tile(
             inside &= first + row < rows
         if SIZE < COLUMNS or SIZE % COLUMNS != 0:
             inside &= column < SIZE
-        tile = tl.load(source + (first + row).to(tl.int64) * row_stride + column, mask=inside, other=0.0)
+        tile = tl.load(source + (start + row).to(tl.int64) * row_stride + column, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
+def own_rows(tile, first, rows, row_stride, origin):
+    """A tile of `load_tile` with those arguments, zeros in the place of what follows a packed sequence.
+
+    It may be NaN, which no weight of zero hides. Only needed where rows are summed up.
+    """
+    if row_stride is None and rows is not None and origin is not None:
+        tile = tl.where(first + tl.arange(0, tile.shape[0])[:, None] < rows, tile, 0.0)
+    return tile
+
+
+@triton.jit
+def own_columns(products, column, rows, row_stride, origin):
+    """The same for products with the rows of such a tile, which are in these columns."""
+    if row_stride is None and rows is not None and origin is not None:
+        products = tl.where(column < rows, products, 0.0)
+    return products
+
+
+@triton.jit
 def store_rows(
-    tensor, values, batch, head, first, length, heads, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    tensor,
+    values,
+    batch,
+    head,
+    first,
+    length,
+    heads,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    origin=None,
 ):
-    """(ROWS, COLUMNS) into one head of a contiguous (B, length, heads, SIZE), from row `first` on."""
+    """(ROWS, COLUMNS) into one head of a contiguous (B, length, heads, SIZE), from row `first` on.
+
+    origin: None, or the row that counts as row 0 of `length` in a packed (rows, heads, SIZE).
+    """
     row = first + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    tensor += ((batch.to(tl.int64) * length + row) * heads + head) * SIZE + column
+    start = batch.to(tl.int64) * length if origin is None else tl.cast(origin, tl.int64)
+    tensor += ((start + row) * heads + head) * SIZE + column
     tl.store(tensor, values.to(tensor.dtype.element_ty), mask=(row < length) & (column < SIZE))
 
 
@@ -158,9 +204,10 @@ class Operands:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, **more: Tensor | None) -> None:
         given = {"query": query, "key": key, "value": value, **more}
         self.tensors = {name: x if x is None else aligned(fold(x)) for name, x in given.items()}
-        self.dtype, self.device = query.dtype, query.device
+        self.dtype, self.device, self.whole_size = query.dtype, query.device, query.shape[-1]
         self.size, self.value_size = (self.tensors[name].shape[-1] for name in ("key", "value"))
         self.columns, self.value_columns = block_size(self.size), block_size(self.value_size)
+        self.paged = False  # whether keys are found row by row
         self.describable = all(x is None or _describable(x) for x in self.tensors.values())
 
     def arguments(self, config: Config) -> dict[str, Any]:
@@ -200,6 +247,7 @@ def choose(
     Args:
         tables: configurations up to a size of heads, by what they are for: "fp32", or else "plain" or "features", each
             also with descriptors, or "small" shared memory. Without "small" the "features" serve, and then "plain".
+            "pages" are for those where no accelerator relieves the registers.
         interpreted: for the interpreter: small, so that short tests cross several blocks.
         features: whether a score is more than a product, and its tile takes more registers.
         dropout: whether that is among them and the largest heads leave it no tiles as wide as a warp group's.
@@ -218,6 +266,7 @@ def choose(
         # Without descriptors an accelerated device's products take more registers than those of older ones.
         small = not _roomy(device) or (accelerated and features)
         names = [*["small"] * small, *["features"] * (small or features), "plain"]
+        names = ["pages", *names] if operands.paged and not accelerated else names
     table = next(tables[name] for name in names if name in tables)
     return next(config for limit, config in table.items() if size <= limit)
 

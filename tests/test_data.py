@@ -266,3 +266,21 @@ def test_limited_windows_are_spread_over_the_tokens():
     assert starts.tolist() == [0, 250, 500, 740, 990]
     whole = [inputs.tolist() for inputs, _ in data.whole_windows(tokens, 3, 10, limit=1000)]
     assert whole == [inputs.tolist() for inputs, _ in data.whole_windows(tokens, 3, 10)]
+
+
+def test_windows_are_cut_behind_each_end_of_text():
+    windows = torch.tensor([[5, 0, 6, 7, 0, 8], [0, 0, 1, 2, 3, 0], [4, 4, 4, 4, 4, 4]])
+    assert data.document_lengths(windows, 0).tolist() == [2, 3, 1, 1, 1, 4, 6]
+    assert data.document_lengths(windows, 9).tolist() == [6, 6, 6]
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
+@settings(deadline=None)
+def test_pieces_of_documents_hold_one_end_of_text_at_most_and_stay_in_their_window(batch, context, seed):
+    windows = torch.randint(3, (batch, context), generator=torch.Generator().manual_seed(seed))
+    lengths = data.document_lengths(windows, 0)
+    assert lengths.sum() == windows.numel() and lengths.min() > 0
+    starts = set((lengths.cumsum(0) - lengths).tolist())
+    assert starts >= set(range(0, windows.numel(), context))
+    for piece in windows.flatten().split(lengths.tolist()):
+        assert 0 not in piece[:-1]

@@ -33,7 +33,9 @@ def test_from_text_to_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         load_model(config.out / run)
     source = json.loads((config.out / "grpo" / "config.json").read_text(encoding="utf-8"))["source"]
     assert source == str(config.out / "pretrain")
-    assert {"rms_norm", "add_rms_norm", "attention", "attention_decode"} <= figures["backends"].keys()
+    assert {"rms_norm", "add_rms_norm", "attention", "attention_varlen", "attention_decode"} <= figures[
+        "backends"
+    ].keys()
     printed = capsys.readouterr().out
     for expected in (
         "pass@1",
@@ -85,7 +87,8 @@ def test_a_config_names_the_field_that_does_not_fit(change: dict) -> None:
 def test_who_served_an_op_is_what_was_asked_for() -> None:
     model = Transformer(PRESETS["mixtral-tiny"](vocab_size=32, num_layers=1))
     usual = served_by(model, [1, 2, 3])
-    assert {"moe_route", "moe_mlp", "moe_mlp_backward", "attention_decode"} <= usual.keys()
+    attention = {f"attention{kind}" for kind in ("", "_backward", "_varlen", "_varlen_backward", "_decode")}
+    assert {"moe_route", "moe_mlp", "moe_mlp_backward", *attention} <= usual.keys()
     with pykern.backend("reference"):
         forced = served_by(model, [1, 2, 3])
     assert forced.keys() == usual.keys() and set(forced.values()) == {"reference"}

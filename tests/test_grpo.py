@@ -1,4 +1,4 @@
-"""GRPO: its formulae against numbers worked out by hand, its gradient against autograd on the definition, its traps."""
+"""GRPO: its gradient against autograd on the definition, its rollouts, its trainer and their traps."""
 
 import json
 import math
@@ -13,22 +13,15 @@ from torch import Tensor
 
 from pykern.model import Transformer, TransformerConfig
 from pykern.train import grpo as grpo_module
+from pykern.train import rollout as rollout_module
 from pykern.train.checkpoint import load_model, save_checkpoint
 from pykern.train.config import to_dict
 from pykern.train.errors import UserError
 from pykern.train.grpo import GRPOConfig, Trainer, grpo, started_config
-from pykern.train.grpo_loss import (
-    clipped_objective,
-    group_advantages,
-    kl_to_reference,
-    loss_denominator,
-    reduce_loss,
-    token_entropy,
-    token_log_probs,
-)
+from pykern.train.grpo_loss import token_log_probs
 from pykern.train.policy_gradient import accumulate_gradient, frozen_log_probs
 from pykern.train.rewards import REWARDS
-from pykern.train.rollout import Rollout, completion_lengths, completion_logits, sample_rollouts
+from pykern.train.rollout import Rollout, completion_logits, sample_rollouts
 from pykern.train.run import read_log
 from pykern.train.tasks import REWARD_BUCKETS, TEST_BUCKETS, TEXT_BUCKETS, Problem, Task, additions, load_task
 from pykern.train.tokenizer import CharTokenizer
@@ -36,10 +29,6 @@ from pykern.train.tokenizer import CharTokenizer
 NAN = math.nan
 TOKENIZER = CharTokenizer("abcdef=\n")
 EOS = TOKENIZER.encode("\n")[0]
-
-
-def close(value: float) -> object:
-    return pytest.approx(value, rel=1e-5)
 
 
 def tiny_model(seed: int = 0, spread: float = 0.3, **changes: object) -> Transformer:
@@ -54,173 +43,64 @@ def tiny_model(seed: int = 0, spread: float = 0.3, **changes: object) -> Transfo
     return model.eval()
 
 
-# Advantages
-
-
-def test_advantages_divide_by_the_unbiased_deviation_of_the_group() -> None:
-    rewards = torch.tensor([[1.0, 0, 0, 0], [2.0, 4, 6, 8]])
-    expected = [[0.75 / (0.5 + 1e-4), *3 * [-0.25 / (0.5 + 1e-4)]]]
-    std = math.sqrt(20 / 3)
-    expected.append([-3 / (std + 1e-4), -1 / (std + 1e-4), 1 / (std + 1e-4), 3 / (std + 1e-4)])
-    assert torch.allclose(group_advantages(rewards, "group"), torch.tensor(expected), rtol=1e-6)
-
-
-def test_advantages_by_batch_and_without_scale() -> None:
-    rewards = torch.tensor([[0.0, 1], [4.0, 7]])
-    centred = torch.tensor([[-0.5, 0.5], [-1.5, 1.5]])
-    assert torch.equal(group_advantages(rewards, "none"), centred)
-    assert torch.allclose(group_advantages(rewards, "batch"), centred / (math.sqrt(10) + 1e-4), rtol=1e-6)
-    with pytest.raises(ValueError, match="scale_rewards is 'std'"):
-        group_advantages(rewards, "std")
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@pytest.mark.parametrize("equal", [[0.1] * 7, [1e-8] * 3, [0.7], [NAN, NAN], [0.3, NAN, 0.3]])
-def test_a_group_without_differences_has_no_advantage(scale: str, equal: list[float]) -> None:
-    assert not group_advantages(torch.tensor([equal], dtype=torch.float64), scale).any()
-
-
-def test_a_missing_reward_takes_no_part() -> None:
-    found = group_advantages(torch.tensor([[1.0, NAN, 0, 0], [NAN, NAN, NAN, 5]]), "group")
-    std = math.sqrt((4 / 9 + 2 / 9) / 2 / 1)
-    expected = torch.tensor([[2 / 3, 0, -1 / 3, -1 / 3]]) / (std + 1e-4)
-    assert torch.allclose(found[:1], expected, rtol=1e-5)
-    assert not found[1].any()
-
-
-# The loss a token
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.1, 2.0, -2.2, -2.2),  # inside the clip: −ρA, and d/ds = −ρA
-        (1.5, 2.0, -2.6, 0.0),  # better and already likelier: held at 1 + eps_high
-        (0.5, 2.0, -1.0, -1.0),  # better but less likely: full gradient
-        (0.5, -2.0, 1.8, 0.0),  # worse and already less likely: held at 1 − eps_low
-        (1.5, -2.0, 3.0, 3.0),  # worse but likelier: full gradient
-        (9.0, -2.0, 8.0, 0.0),  # … up to delta = 4
-    ],
-)
-def test_the_objective_is_clipped_on_one_side(ratio: float, advantage: float, loss: float, slope: float) -> None:
-    log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    found = clipped_objective(
-        log_probs, torch.zeros(1, 1), torch.tensor([advantage]), eps_low=0.1, eps_high=0.3, delta=4.0
-    )
-    found.backward()
-    assert found.item() == close(loss) and log_probs.grad.item() == close(slope)
-
-
-def test_an_on_policy_loss_is_zero_and_its_gradient_is_not() -> None:
-    log_probs = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
-    loss = clipped_objective(log_probs, log_probs, torch.tensor([1.0, -1.0])).mean()
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(log_probs.grad, torch.tensor([[-0.5], [0.5]]))  # through the new policy alone
-
-
-def test_k3_averages_to_the_divergence_and_is_never_negative() -> None:
-    generator = torch.Generator().manual_seed(0)
-    policy, reference = torch.randn(2, 50, generator=generator, dtype=torch.float64).log_softmax(-1)
-    found = kl_to_reference(policy, reference)
-    divergence = (policy.exp() * (policy - reference)).sum()
-    assert (policy.exp() * found).sum().item() == pytest.approx(divergence.item(), rel=1e-12)
-    assert (found >= 0).all() and not kl_to_reference(policy, policy).any()
-
-
-def test_far_apart_policies_stay_finite() -> None:
-    log_probs = torch.tensor([[-200.0, -1e-6]], requires_grad=True)
-    other = torch.tensor([[-1e-6, -200.0]])
-    loss = clipped_objective(log_probs, other, torch.tensor([-1.0])) + kl_to_reference(log_probs, other)
-    loss.sum().backward()
-    assert loss.isfinite().all() and log_probs.grad.isfinite().all()
-
-
-def test_log_probs_are_those_of_the_tempered_policy_in_fp32() -> None:
-    logits = (8 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))).bfloat16()
-    tokens = torch.tensor([0, 500, 999])
-    exact = (logits.double() / 0.7).log_softmax(-1)
-    found = token_log_probs(logits, tokens, 0.7)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), exact[torch.arange(3), tokens], rtol=1e-6)
-    entropy = -(exact.exp() * exact).sum(-1)
-    assert torch.allclose(token_entropy(logits, 0.7).double(), entropy, rtol=1e-4)
-
-
-# Reductions
-
-LOSSES = torch.tensor([[1.0, 2, 3, NAN], [5.0, NAN, NAN, NAN]])
-MASK = torch.tensor([[True, True, True, False], [True, False, False, False]])
-
-
-@pytest.mark.parametrize(("reduction", "expected"), [("grpo", 3.5), ("dr_grpo", 11 / 16), ("dapo", 11 / 4)])
-def test_reductions_by_hand(reduction: str, expected: float) -> None:
-    denominator = loss_denominator(reduction, MASK.sum(1), max_completion_length=8)
-    assert reduce_loss(LOSSES, MASK, reduction, denominator).item() == close(expected)
-    with pytest.raises(ValueError, match="reduction is 'mean'"):
-        loss_denominator("mean", MASK.sum(1), 8)
-
-
-def test_only_grpo_gives_a_token_of_a_long_completion_less_weight() -> None:
-    for reduction, same in (("grpo", False), ("dr_grpo", True), ("dapo", True)):
-        losses = torch.ones(2, 4, requires_grad=True)
-        reduce_loss(losses, MASK, reduction, loss_denominator(reduction, MASK.sum(1), 8)).backward()
-        assert (losses.grad[0, 0] == losses.grad[1, 0]).item() == same
-        assert not losses.grad[~MASK].any()
-
-
 # Rollouts
 
 
+PROMPTS = [[1, 2, 3], [4], [5, 6, 1, 2], [2]]
+
+
+def rows_of(rollout: Rollout) -> list[Tensor]:
+    return list(rollout.tokens.split((rollout.prompt_lengths + rollout.lengths).tolist()))
+
+
+def test_all_prompts_are_sampled_at_once_whatever_their_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], rollout_module.generate
+
+    def spy(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(rollout_module, "generate", spy)
+    rollout = sample_rollouts(tiny_model(), PROMPTS, 3, 5, temperature=1.0, eos=EOS, seed=0)
+    assert len(calls) == 1
+    assert rollout.prompt_lengths.tolist() == [3, 3, 3, 1, 1, 1, 4, 4, 4, 1, 1, 1]
+    rows = rows_of(rollout)
+    for i, row in enumerate(rows):
+        assert row[: rollout.prompt_lengths[i]].tolist() == PROMPTS[i // 3]
+    assert len({tuple(row.tolist()) for row in rows}) > 8  # a group is not one completion repeated
+
+
 def test_completions_end_with_their_first_end_token() -> None:
-    completions = torch.tensor([[3, EOS, 3, EOS], [EOS, EOS, EOS, EOS], [1, 2, 3, 4], [1, 2, 3, EOS]])
-    lengths, ended = completion_lengths(completions, EOS)
-    assert lengths.tolist() == [2, 1, 4, 4] and ended.tolist() == [True, True, False, True]
-    rollout = Rollout(completions, 0, lengths, ended, torch.arange(4))
-    assert rollout.mask.sum(1).tolist() == [2, 1, 4, 4]  # the end token is trained on, what follows is not
-    assert rollout.completion_ids() == [[3], [], [1, 2, 3, 4], [1, 2, 3]]
-    assert completion_lengths(completions, None)[0].tolist() == [4] * 4
+    rollout = sample_rollouts(tiny_model(), PROMPTS, 8, 5, temperature=1.0, eos=EOS, seed=0)
+    assert set(rollout.ended.tolist()) == {True, False} and len(set(rollout.lengths.tolist())) > 2
+    every = []
+    starts = rollout.prompt_lengths.tolist()
+    for i, (row, start, ids) in enumerate(zip(rows_of(rollout), starts, rollout.completion_ids(), strict=True)):
+        new = row[start:].tolist()
+        every += new
+        assert len(new) == rollout.lengths[i] and EOS not in ids
+        assert new == ([*ids, EOS] if rollout.ended[i] else ids) and (rollout.ended[i] or len(ids) == 5)
+    assert rollout.completions.tolist() == every
+    endless = sample_rollouts(tiny_model(), PROMPTS, 8, 5, temperature=1.0, eos=None, seed=0)
+    assert not endless.ended.any() and set(endless.lengths.tolist()) == {5}
 
 
-def test_prompts_are_grouped_by_length_and_samples_know_their_place() -> None:
-    prompts = [[1, 2, 3], [4], [5, 6, 1], [2]]
-    rollouts = sample_rollouts(tiny_model(), prompts, 3, 5, temperature=1.0, eos=EOS, seed=0)
-    assert [rollout.prompt_length for rollout in rollouts] == [1, 3]
-    seen = {}
-    for rollout in rollouts:
-        for sample, row in zip(rollout.samples.tolist(), rollout.tokens.tolist(), strict=True):
-            assert row[: rollout.prompt_length] == prompts[sample // 3]
-            seen[sample] = row
-    assert sorted(seen) == list(range(12))
-    assert len({tuple(row) for row in seen.values()}) > 8  # a group is not one completion repeated
-
-
-def test_splitting_keeps_rows_and_drops_unused_columns() -> None:
-    rollout = sample_rollouts(tiny_model(), [[1, 2]] * 8, 2, 6, temperature=1.0, eos=EOS, seed=1)[0]
-    assert len(set(rollout.lengths.tolist())) > 1
+def test_splitting_keeps_completions() -> None:
+    rollout = sample_rollouts(tiny_model(), PROMPTS, 4, 6, temperature=1.0, eos=EOS, seed=1)
     pieces = list(rollout.split(3))
-    assert [len(piece.tokens) for piece in pieces] == [3, 3, 3, 3, 3, 1]
-    assert all(piece.completions.shape[1] == piece.lengths.max() for piece in pieces)
+    assert [len(piece.lengths) for piece in pieces] == [3, 3, 3, 3, 3, 1]
     assert sum((piece.completion_ids() for piece in pieces), []) == rollout.completion_ids()
-
-
-def test_a_completion_is_judged_alike_whatever_fills_it_up() -> None:
-    model = tiny_model()
-    rollout = sample_rollouts(model, [[1, 2]] * 6, 1, 8, temperature=1.0, eos=EOS, seed=1)[0]
-    log_probs = token_log_probs(completion_logits(model, rollout), rollout.completions)
-    for i, length in enumerate(rollout.lengths.tolist()):
-        alone = rollout.tokens[i : i + 1, : 2 + length]
-        row = Rollout(alone, 2, rollout.lengths[i : i + 1], rollout.ended[i : i + 1], rollout.samples[i : i + 1])
-        expected = token_log_probs(completion_logits(model, row), row.completions)[0]
-        assert torch.allclose(log_probs[i, :length], expected, rtol=1e-4)
+    assert torch.equal(torch.cat([piece.tokens for piece in pieces]), rollout.tokens)
+    assert torch.equal(torch.cat([piece.completions for piece in pieces]), rollout.completions)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_the_policy_in_the_loss_is_the_policy_that_sampled(temperature: float) -> None:
     model, count = tiny_model(spread=0.15), 4000
-    rollout = sample_rollouts(model, [[1, 2]], count, 2, temperature=temperature, eos=None, seed=3)[0]
-    log_probs = token_log_probs(completion_logits(model, rollout), rollout.completions, temperature).sum(1)
-    pairs = rollout.completions[:, 0] * 8 + rollout.completions[:, 1]
+    rollout = sample_rollouts(model, [[1, 2]], count, 2, temperature=temperature, eos=None, seed=3)
+    log_probs = token_log_probs(completion_logits(model, rollout), rollout.completions, temperature).view(-1, 2).sum(1)
+    first, second = rollout.completions.view(-1, 2).T
+    pairs = first * 8 + second
     common = 0
     for pair in pairs.unique().tolist():
         found, expected = (pairs == pair).double().mean(), log_probs[pairs == pair].double().exp().mean()
@@ -233,17 +113,16 @@ def test_the_policy_in_the_loss_is_the_policy_that_sampled(temperature: float) -
 # The gradient
 
 
-def sampled(model: Transformer) -> tuple[list[Rollout], Tensor]:
-    prompts = [[1, 2, 3], [4], [5, 6, 1], [2]]
-    rollouts = sample_rollouts(model, prompts, 4, 7, temperature=1.3, eos=EOS, seed=0)
-    advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    return rollouts, advantages
+def sampled(model: Transformer) -> tuple[Rollout, Tensor]:
+    rollout = sample_rollouts(model, PROMPTS, 4, 7, temperature=1.3, eos=EOS, seed=0)
+    assert len(set(rollout.lengths.tolist())) > 2
+    return rollout, torch.randn(16, generator=torch.Generator().manual_seed(0))
 
 
-def gradients(model: Transformer, rollouts: list[Rollout], rows: int, advantages: Tensor, config: GRPOConfig) -> Tensor:
+def gradients(model: Transformer, rollout: Rollout, rows: int, advantages: Tensor, config: GRPOConfig) -> Tensor:
     """The flat gradient over micro-batches of `rows`, against an old and a reference policy."""
     old, reference = tiny_model(spread=0.32), tiny_model(spread=0.25)
-    pieces = [piece for rollout in rollouts for piece in rollout.split(rows)]
+    pieces = list(rollout.split(rows))
     model.zero_grad()
     accumulate_gradient(
         model,
@@ -256,53 +135,74 @@ def gradients(model: Transformer, rollouts: list[Rollout], rows: int, advantages
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def definition(model: Transformer, rollouts: list[Rollout], advantages: Tensor, config: GRPOConfig) -> Tensor:
-    """The same gradient from the definition: a completion at a time, each alone, in one graph."""
+def alone(policy: Transformer, rollout: Rollout, temperature: float) -> list[Tensor]:
+    """The log-probabilities of each completion's tokens, each sequence in a batch of its own."""
+    found = []
+    for row, start in zip(rows_of(rollout), rollout.prompt_lengths.tolist(), strict=True):
+        every = (policy(row[None, :-1])[0] / temperature).log_softmax(-1)
+        found.append(every[start - 1 :].gather(1, row[start:, None])[:, 0])
+    return found
 
-    def log_probs(policy: Transformer, row: Tensor, start: int) -> Tensor:
-        every = (policy(row[None, :-1])[0] / config.temperature).log_softmax(-1)
-        return every[start - 1 :].gather(1, row[start:, None])[:, 0]
 
-    old, reference = tiny_model(spread=0.32), tiny_model(spread=0.25)
-    sums, lengths = [], []
-    for rollout in rollouts:
-        for row, length, sample in zip(rollout.tokens, rollout.lengths.tolist(), rollout.samples, strict=True):
-            row, a = row[: rollout.prompt_length + length], advantages[sample]
-            s = log_probs(model, row, rollout.prompt_length)
-            with torch.no_grad():
-                o, r = (log_probs(policy, row, rollout.prompt_length) for policy in (old, reference))
-            ratio = torch.exp(s - o)
-            surrogate = torch.min(ratio * a, ratio.clamp(1 - config.eps_low, 1 + config.eps_high) * a)
-            sums.append((config.kl_coefficient * (torch.exp(r - s) - (r - s) - 1) - surrogate).sum())
-            lengths.append(length)
-    total, count = torch.stack(sums), torch.tensor(lengths)
+def padded(policy: Transformer, rollout: Rollout, temperature: float) -> list[Tensor]:
+    """The same, all sequences filled up to the longest."""
+    rows = rows_of(rollout)
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    every = (policy(tokens[:, :-1]) / temperature).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    starts = rollout.prompt_lengths.tolist()
+    return [line[start - 1 : len(row) - 1] for line, row, start in zip(every, rows, starts, strict=True)]
+
+
+def definition(
+    model: Transformer, rollout: Rollout, advantages: Tensor, config: GRPOConfig, log_probs: Callable
+) -> Tensor:
+    """The same gradient from the definition: a completion at a time, in one graph."""
+    new = log_probs(model, rollout, config.temperature)
+    with torch.no_grad():
+        old = log_probs(tiny_model(spread=0.32), rollout, config.temperature)
+        reference = log_probs(tiny_model(spread=0.25), rollout, config.temperature)
+    sums = []
+    for s, o, r, a in zip(new, old, reference, advantages, strict=True):
+        ratio = torch.exp(s - o)
+        surrogate = torch.min(ratio * a, ratio.clamp(1 - config.eps_low, 1 + config.eps_high) * a)
+        sums.append((config.kl_coefficient * (torch.exp(r - s) - (r - s) - 1) - surrogate).sum())
+    total, count = torch.stack(sums), rollout.lengths
     loss = {
         "grpo": (total / count).mean(),
-        "dr_grpo": total.sum() / (len(lengths) * config.max_completion_length),
+        "dr_grpo": total.sum() / (len(count) * config.max_completion_length),
         "dapo": total.sum() / count.sum(),
     }[config.reduction]
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 @pytest.mark.parametrize("reduction", ["grpo", "dr_grpo", "dapo"])
-def test_the_gradient_is_that_of_the_definition_however_the_batch_is_split(reduction: str) -> None:
+@pytest.mark.parametrize("log_probs", [alone, padded])
+def test_the_gradient_is_that_of_the_definition_however_the_batch_is_split(reduction: str, log_probs: Callable) -> None:
     model = tiny_model()
     config = GRPOConfig(reduction=reduction, kl_coefficient=0.3, temperature=1.3, max_completion_length=7, eps_low=0.1)
-    rollouts, advantages = sampled(model)
-    assert len(set(torch.cat([rollout.lengths for rollout in rollouts]).tolist())) > 2
-    expected = definition(model, rollouts, advantages, config)
+    rollout, advantages = sampled(model)
+    expected = definition(model, rollout, advantages, config, log_probs)
     for rows in (1, 3, 16):
-        found = gradients(model, rollouts, rows, advantages, config)
+        found = gradients(model, rollout, rows, advantages, config)
         assert (found - expected).norm() < 1e-5 * expected.norm(), rows
+
+
+def test_log_probs_without_padding_are_those_with_it() -> None:
+    model, config = tiny_model(), GRPOConfig(temperature=1.3)
+    rollout, _ = sampled(model)
+    found = frozen_log_probs(model, rollout, config)
+    assert len(found) == rollout.lengths.sum()
+    for several in (alone, padded):
+        assert torch.allclose(found, torch.cat(several(model, rollout, 1.3)), rtol=1e-4)
 
 
 def test_the_figures_of_a_gradient_do_not_depend_on_the_split_either() -> None:
     model, config = tiny_model(), GRPOConfig(max_completion_length=7)
-    rollouts, advantages = sampled(model)
+    rollout, advantages = sampled(model)
     reference = tiny_model(spread=0.25)
 
     def figures(rows: int) -> dict[str, float]:
-        pieces = [piece for rollout in rollouts for piece in rollout.split(rows)]
+        pieces = list(rollout.split(rows))
         frozen = [frozen_log_probs(reference, piece, config) for piece in pieces]
         return accumulate_gradient(model, pieces, advantages, config, reference=frozen)
 
@@ -314,11 +214,11 @@ def test_the_figures_of_a_gradient_do_not_depend_on_the_split_either() -> None:
 
 def test_bfloat16_autocast_keeps_the_loss_in_fp32() -> None:
     model = tiny_model()
-    rollouts, advantages = sampled(model)
+    rollout, advantages = sampled(model)
     exact, rounded = (GRPOConfig(precision=p, max_completion_length=7) for p in ("float32", "bfloat16"))
-    a, b = (gradients(model, rollouts, 16, advantages, config) for config in (exact, rounded))
+    a, b = (gradients(model, rollout, 16, advantages, config) for config in (exact, rounded))
     assert 0 < (a - b).norm() < 0.1 * a.norm()
-    assert frozen_log_probs(model, rollouts[0], rounded).dtype == torch.float32
+    assert frozen_log_probs(model, rollout, rounded).dtype == torch.float32
 
 
 # The trainer

@@ -1,4 +1,4 @@
-"""The transformer against a plain torch transcription of it, its cache against no cache, and the sampler."""
+"""The transformer against a plain torch transcription of it, and packed sequences against each sequence alone."""
 
 import copy
 import math
@@ -7,42 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from flavours import FLAVOURS, LLAMA, TINY, build, flavours, relative, tokens_for
 from torch import Tensor
 
 import pykern
-from pykern.model import PRESETS, KVCache, Transformer, TransformerConfig, generate
-from pykern.model.generate import sample
-
-TINY = TransformerConfig(vocab_size=17, context_length=24, num_layers=2, num_heads=4, width=32)
-LLAMA = replace(TINY, positions="rotary", norm="rmsnorm", mlp="swiglu", bias=False, tie_embeddings=False)
-FLAVOURS = {
-    "gpt2": TINY,
-    "nanogpt": replace(TINY, bias=False),
-    "sinusoidal": replace(TINY, positions="sinusoidal"),
-    "llama": LLAMA,
-    "mistral": replace(LLAMA, num_kv_heads=2, sliding_window=5),
-    "multi-query": replace(LLAMA, num_kv_heads=1),
-    "mixtral": replace(LLAMA, num_kv_heads=2, mlp="moe", num_experts=4, experts_per_token=2),
-}
-flavours = pytest.mark.parametrize("config", FLAVOURS.values(), ids=FLAVOURS)
-
-
-def build(config: TransformerConfig, seed: int = 0) -> Transformer:
-    """A model whose every parameter matters: nanoGPT's initialisation leaves biases and norms trivial."""
-    torch.manual_seed(seed)
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def tokens_for(config: TransformerConfig, *shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+from pykern.model import PRESETS, Packed, Transformer, TransformerConfig
 
 
 def transcription(model: Transformer, tokens: Tensor) -> Tensor:
@@ -224,12 +193,12 @@ def test_more_tokens_than_the_context_are_refused() -> None:
     model(tokens_for(TINY, 1, 24))
     with pytest.raises(ValueError, match="reach position 25, beyond the model's context_length 24"):
         model(tokens_for(TINY, 1, 25))
-    cache = KVCache(TINY.num_layers, capacity=8)
-    model(tokens_for(TINY, 1, 6), cache=cache)
-    with pytest.raises(ValueError, match="reach position 9, beyond the cache's capacity 8"):
-        model(tokens_for(TINY, 1, 3), cache=cache)
+    with pytest.raises(ValueError, match="reach position 25, beyond the model's context_length 24"):
+        model(tokens_for(TINY, 30), packed=Packed.of([5, 25]))
     with pytest.raises(ValueError, match=r"tokens has shape \(6,\), expected \(batch, length\)"):
         model(tokens_for(TINY, 6))
+    with pytest.raises(ValueError, match=r"tokens has shape \(7,\), expected \(6,\) of what is packed"):
+        model(tokens_for(TINY, 7), packed=Packed.of([2, 4]))
 
 
 def test_dropout_is_active_in_training_only() -> None:
@@ -238,6 +207,46 @@ def test_dropout_is_active_in_training_only() -> None:
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
     assert relative(model(tokens), transcription(model, tokens)) < 1e-5
+
+
+LENGTHS = [3, 1, 0, 24, 7]
+
+
+@flavours
+def test_packed_sequences_are_what_each_is_alone(config: TransformerConfig) -> None:
+    model, tokens, targets = build(config), tokens_for(config, sum(LENGTHS)), tokens_for(config, sum(LENGTHS), seed=2)
+    logits = model(tokens, packed=Packed.of(LENGTHS))
+    assert logits.shape == (len(tokens), config.vocab_size)
+    for row, found in zip(tokens.split(LENGTHS), logits.split(LENGTHS), strict=True):
+        assert len(row) == 0 or relative(found, transcription(model, row[None])[0]) < 1e-5
+
+    def gradients(loss: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    found = gradients(model(tokens, packed=Packed.of(LENGTHS), targets=targets))
+    pairs = zip(tokens.split(LENGTHS), targets.split(LENGTHS), strict=True)
+    alone = [F.cross_entropy(model(row[None])[0], wanted, reduction="sum") for row, wanted in pairs if len(row)]
+    assert relative(found, gradients(torch.stack(alone).sum() / len(tokens))) < 1e-5
+
+
+def test_what_is_packed_is_known_on_the_host() -> None:
+    packed = Packed.of(LENGTHS)
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 4, 28, 35] and packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 24
+    assert packed.positions.tolist() == [0, 1, 2, 0, *range(24), *range(7)]
+    empty = Packed.of([])
+    assert empty.cu_seqlens.tolist() == [0] and empty.max_seqlen == 0 and len(empty.positions) == 0
+
+
+def test_attention_in_packed_sequences_is_dropped_out_in_training() -> None:
+    model, tokens = build(replace(TINY, dropout=0.3)), tokens_for(TINY, sum(LENGTHS))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # of the residual stream
+    packed = Packed.of(LENGTHS)
+    assert relative(model(tokens, packed=packed), model(tokens, packed=packed)) > 1e-2
+    model.eval()
+    assert torch.equal(model(tokens, packed=packed), model(tokens, packed=packed))
 
 
 @flavours
@@ -268,6 +277,24 @@ def test_compiles_as_one_graph(name: str) -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     for gradient, parameter in zip(gradients, model.parameters(), strict=True):
         assert relative(gradient, parameter.grad) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_packed_sequences_of_all_lengths_compile_as_few_graphs(name: str) -> None:
+    config = replace(FLAVOURS[name], num_layers=1)
+    model, graphs = build(config), []
+
+    def count(graph: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=count)
+    for lengths in ([5, 9], [3, 1, 7], [8, 8, 2, 1], [4, 20, 6], [11, 3, 2, 2, 2]):
+        tokens = tokens_for(config, sum(lengths))
+        found = compiled(tokens, packed=Packed.of(lengths), targets=tokens)
+        assert found.item() == pytest.approx(model(tokens, packed=Packed.of(lengths), targets=tokens).item(), rel=1e-6)
+    assert len(graphs) <= 3
 
 
 def test_experts_add_balance_and_z_loss() -> None:
@@ -307,113 +334,3 @@ def test_training_on_the_kernels_matches_training_on_the_references() -> None:
         reference = losses()
     assert default[-1] < 0.7 * default[0]
     assert default == pytest.approx(reference, rel=1e-4)
-
-
-@flavours
-def test_cached_generation_equals_the_uncached_model(config: TransformerConfig) -> None:
-    model, prompts = build(config).eval(), tokens_for(config, 3, 6)
-    tokens = prompts
-    with torch.no_grad():
-        for _ in range(18):
-            tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(generate(model, prompts, 18, temperature=0), tokens)
-    assert len(tokens[:, 6:].unique()) > 2  # a constant would show nothing
-
-
-@flavours
-def test_a_cache_may_be_filled_in_pieces(config: TransformerConfig) -> None:
-    model, tokens = build(config).eval(), tokens_for(config, 2, 24)
-    cache = KVCache(config.num_layers, capacity=24)
-    with torch.no_grad():
-        pieces = [model(piece, cache=cache) for piece in tokens.split([2, 17, 1, 1, 3], dim=1)]
-        assert relative(torch.cat(pieces, 1), model(tokens)) < 1e-5
-    assert cache.length == 24
-
-
-def test_generation_restores_the_mode_and_leaves_the_prompt() -> None:
-    model, prompts = build(replace(TINY, dropout=0.5)), tokens_for(TINY, 2, 5)
-    model.train()
-    first = generate(model, prompts, 6, temperature=0)
-    assert model.training and all(m.training for m in model.modules())
-    assert torch.equal(first, generate(model, prompts, 6, temperature=0))  # no dropout meanwhile
-    assert torch.equal(first[:, :5], prompts)
-    assert not first.requires_grad
-    model.eval()
-    generate(model, prompts, 2)
-    assert not model.training
-
-
-def test_a_seed_repeats_the_draws() -> None:
-    model, prompts = build(TINY), tokens_for(TINY, 4, 5)
-    first = generate(model, prompts, 12, seed=5)
-    torch.manual_seed(99)
-    assert torch.equal(first, generate(model, prompts, 12, seed=5))
-    assert not torch.equal(first, generate(model, prompts, 12, seed=6))
-
-
-def test_sampling_follows_the_probabilities() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    count = 40_000
-    draws = sample(logits.expand(count, -1), 0.7, generator=torch.Generator().manual_seed(0))
-    expected = (logits[0].double() / 0.7).softmax(-1)
-    found = torch.bincount(draws, minlength=4) / count
-    assert ((found - expected).abs() < 4 * (expected * (1 - expected) / count).sqrt()).all()
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "kept"),
-    [
-        (1, None, {2}),
-        (2, None, {1, 2}),
-        (99, None, {0, 1, 2, 3}),
-        (None, 0.05, {2}),
-        (None, 0.6, {2}),  # the likeliest has 0.64 alone
-        (None, 0.7, {1, 2}),
-        (None, 0.9, {0, 1, 2}),
-        (3, 0.99, {0, 1, 2}),
-        (None, 1.0, {0, 1, 2, 3}),
-    ],
-)
-def test_top_k_and_top_p_keep_the_likeliest(top_k: int | None, top_p: float | None, kept: set[int]) -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(2000, -1)  # probabilities .087 .237 .644 .032
-    draws = sample(logits, 1.0, top_k, top_p, torch.Generator().manual_seed(0))
-    assert set(draws.tolist()) == kept
-
-
-def test_a_sequence_ends_with_its_end_token() -> None:
-    model, prompts = build(TINY), tokens_for(TINY, 64, 3)
-    free = generate(model, prompts, 20, seed=1)[:, 3:]
-    eos = int(free.mode().values.mode().values)
-    tokens = generate(model, prompts, 20, seed=1, eos=eos)[:, 3:]
-    ended = 0
-    for row in tokens.tolist():
-        if eos in row:
-            ended += 1
-            assert set(row[row.index(eos) :]) == {eos}
-    assert ended > 0
-    with torch.no_grad():  # a model that wants nothing but the end token stops after one step
-        model.norm.bias.copy_(100 * model.embedding.weight[eos])
-        model.norm.weight.zero_()
-    assert generate(model, prompts, 20, temperature=0, eos=eos).shape == (64, 4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"max_new_tokens": 20}, "max_new_tokens is 20, expected 0 to 19: prompts have 5 tokens"),
-        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"prompts": torch.zeros(2, 0, dtype=torch.int64)}, "prompts is torch.int64"),
-        ({"prompts": torch.zeros(2, 5)}, "prompts is torch.float32"),
-        ({"prompts": torch.full((2, 5), 17)}, "prompts holds ids 17 to 17, expected 0 to 16"),
-        ({"prompts": torch.full((2, 5), -1)}, "prompts holds ids -1 to -1"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"temperature": math.nan}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"eos": 17}, "eos is 17"),
-    ],
-)
-def test_bad_arguments_of_generate_are_named(change: dict, message: str) -> None:
-    arguments = {"prompts": tokens_for(TINY, 2, 5), "max_new_tokens": 3, **change}
-    with pytest.raises(ValueError, match=message):
-        generate(build(TINY), **arguments)

@@ -81,9 +81,10 @@ def test_grpo(tmp_path: Path) -> None:
         keys = ("loss", "reward", "entropy", "grad_norm", "kl")
         return [float(row[key]) for row in read_log(tmp_path / name) for key in keys if row.get(key)]
 
-    with served("attention") as forward, served("attention_backward") as backward:
+    ops = "attention_varlen", "attention_varlen_backward", "attention_decode"
+    with served(ops[0]) as forward, served(ops[1]) as backward, served(ops[2]) as decode:
         ours = run("kernels")
-    assert forward and backward and "reference" not in {*forward, *backward}
+    assert forward and backward and decode and "reference" not in {*forward, *backward, *decode}
     with pykern.backend("reference"):
         reference = run("references")
     assert any(ours) and ours == pytest.approx(reference, rel=1e-3, abs=1e-6)

@@ -41,6 +41,17 @@ def tokens(tmp_path_factory):
     return folder / "data"
 
 
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    """Tokens of documents of many lengths."""
+    folder = tmp_path_factory.mktemp("stories")
+    (folder / "text").mkdir()
+    for i in range(60):
+        (folder / "text" / f"{i}.txt").write_text("once upon a time there was a fox. " * (i % 4) + f"the {i}. end")
+    data.prepare(str(folder / "text"), "bpe", folder / "data", bpe_vocab_size=300)
+    return folder / "data"
+
+
 def tiny(tokens: Path, out: Path, **changes) -> PretrainConfig:
     model = TransformerConfig(
         vocab_size=1, context_length=16, num_layers=1, num_heads=2, width=16, dropout=changes.pop("dropout", 0.0)
@@ -125,9 +136,12 @@ def test_it_learns(tokens, tmp_path):
     assert summary["mfu"] is None or 0 < summary["mfu"] < 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2, "accumulation": 2}, {"precision": "bfloat16"}])
-def test_resume_is_bit_for_bit(tokens, tmp_path, changes):
-    config = tiny(tokens, tmp_path / "whole", **changes)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dropout": 0.2, "accumulation": 2}, {"precision": "bfloat16"}, {"dropout": 0.2, "documents": True}],
+)
+def test_resume_is_bit_for_bit(tokens, stories, tmp_path, changes):
+    config = tiny(stories if "documents" in changes else tokens, tmp_path / "whole", **changes)
     pretrain.pretrain(config)
     stopped = tmp_path / "stopped"
     (tmp_path / "whole").rename(stopped)
@@ -178,6 +192,56 @@ def test_validation_covers_the_whole_split(tokens, tmp_path):
     assert trainer.validate(None) == pytest.approx(total / (len(split) - 1), rel=1e-6)
     assert trainer.validate(3) != trainer.validate(None)
     assert trainer.model.training
+
+
+def story_trainer(stories, tmp_path, **changes) -> pretrain.Trainer:
+    config = tiny(stories, tmp_path, documents=True, **changes)
+    tokens = data.load(stories)
+    model = dataclasses.replace(config.model, vocab_size=tokens.tokenizer.vocab_size)
+    return pretrain.Trainer(dataclasses.replace(config, model=model), tokens)
+
+
+def test_a_document_is_trained_on_as_if_it_were_alone(stories, tmp_path):
+    trainer = story_trainer(stories, tmp_path)
+    end = trainer.tokens.tokenizer.end_of_text
+    inputs, targets = data.sample_windows(trainer.tokens.train, 6, 16, trainer.sampler)
+    assert (inputs == end).sum() > 3
+
+    def gradients(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.model.parameters()))])
+
+    pieces = data.document_lengths(inputs, end).tolist()
+    losses = [
+        F.cross_entropy(trainer.model(row[None])[0], wanted, reduction="sum")
+        for row, wanted in zip(inputs.flatten().split(pieces), targets.flatten().split(pieces), strict=True)
+    ]
+    expected = sum(losses) / inputs.numel()
+    loss = trainer._loss(inputs, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradients(loss), gradients(expected), rtol=1e-4, atol=1e-6)
+    whole = trainer.model(inputs, targets=targets)  # documents see those before them
+    assert abs(whole.item() - loss.item()) > 1e-4
+
+
+def test_validation_keeps_documents_apart_too(stories, tmp_path):
+    trainer = story_trainer(stories, tmp_path)
+    split = torch.from_numpy(trainer.tokens.validation.astype("int64"))
+    end, total = trainer.tokens.tokenizer.end_of_text, 0.0
+    for start in range(0, len(split) - 1, 16):
+        window = split[start : min(start + 17, len(split))]
+        for piece, wanted in zip(
+            *(x.split(data.document_lengths(window[None, :-1], end).tolist()) for x in (window[:-1], window[1:])),
+            strict=True,
+        ):
+            total += F.cross_entropy(trainer.model(piece[None])[0].double(), wanted, reduction="sum").item()
+    assert trainer.validate(None) == pytest.approx(total / (len(split) - 1), rel=1e-6)
+
+
+def test_a_run_on_documents(stories, tokens, tmp_path):
+    summary = pretrain.pretrain(tiny(stories, tmp_path / "run", documents=True, precision="bfloat16", dropout=0.1))
+    assert math.isfinite(summary["val_loss"])
+    with pytest.raises(UserError, match="--documents needs a tokenizer with an end-of-text token"):
+        pretrain.pretrain(tiny(tokens, tmp_path / "other", documents=True))
 
 
 def test_validation_draws_nothing(tokens, tmp_path):

@@ -1,5 +1,6 @@
 """Traffic: what kernels move over what their op must, held to the ops' limits."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_within_the_ops_limits(op, backend):
         for sample in samples(spec, "traffic", "cpu", torch.bfloat16)
         for row in traffic.measure(spec, backend, sample)
     ]
-    assert {row.op for row in rows} == {op, f"{op}_backward"}
+    assert {row.op for row in rows} == {op, *([f"{op}_backward"] if spec.gradient.op.backends else [])}
     assert not [row for row in rows if not row.within]
 
 
@@ -56,6 +57,27 @@ def test_attention_does_not_visit_what_causality_and_window_hide(backend, monkey
     assert 0.5 <= share(None) <= 0.56
     for window in (256, 1024):
         assert window / length <= share(window - 1) + 0.5 * (window / length) ** 2 <= (window + 192) / length
+
+
+@pytest.mark.parametrize("backend", [backend for op, backend in COUNTED if op == "attention_varlen"])
+def test_packed_attention_does_no_work_for_padding(backend):
+    """Neither for rows behind the last sequence nor for what the longest sequence is longer than the others."""
+    spec, make, heads = pykern.catalogue()["attention_varlen"], Make("cpu", torch.bfloat16), (2, 1, 32)
+
+    def measured(lengths: list[int], padding: int) -> traffic.Row:
+        q, k, v = (make(sum(lengths) + padding, h, heads[2], grad=False) for h in (heads[0], heads[1], heads[1]))
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        longest = (max(lengths),) * 2
+        call = (None, None, None, None, None, 0.0, heads[2] ** -0.5, None, 0, None)
+        (row,) = traffic.measure(spec, backend, Sample("packed", (q, k, v, bounds, bounds, *longest, *call)))
+        return row
+
+    alone, beside = measured([320], 0), measured([320, 64, 0, 64], 0)
+    short = measured([64], 0)
+    assert beside.flops == alone.flops + 2 * short.flops > 0
+    padded = measured([320, 64, 0, 64], 256)
+    zeros = 256 * heads[0] * (2 * heads[2] + 4)
+    assert padded.flops == beside.flops and padded.moved - beside.moved <= 1.1 * zeros
 
 
 def region(read: int = 0, written: int = 0, times: int = 1) -> dict[str, int]:
@@ -89,5 +111,5 @@ class TestCommand:
         assert lines == ["triton_traffic::twice triton 3000 numbers: 1.500 times the cost, the limit is 1.0"]
 
     def test_no_kernel_to_count(self, capsys):
-        assert traffic.traffic(("attention_decode",)) == 1
+        assert traffic.traffic(("moe_route",)) == 1
         assert "has a kernel that could be counted here" in capsys.readouterr().out

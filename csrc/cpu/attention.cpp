@@ -1,91 +1,18 @@
 // Attention on the CPU: tensors, memory and tasks. The arithmetic is in simd/attention_forward.cpp and
 // simd/attention_backward.cpp.
 
-#include "attention.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
 #include "../attention_ops.h"
-#include "parallel.h"
+#include "attention_host.h"
 
 namespace pykern {
 namespace {
 
-using Optional = std::optional<Tensor>;
 using Gradients = std::array<Tensor, 6>;  // of query, key, value, mask, slopes, sinks; undefined where not wanted
-
-template <class Kernels>
-const Kernels& compiled(const Kernels* table) {
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
-
-const AttentionForwardKernels& forward_kernels() { return compiled(&PYKERN_CHOOSE(attention_forward)); }
-const AttentionBackwardKernels& backward_kernels() { return compiled(&PYKERN_CHOOSE(attention_backward)); }
-
-int32_t torch_dtype(const Tensor& t) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
-Element element_of(const Tensor& t, const char* name) {
-  const int32_t code = torch_dtype(t);
-  if (code == aoti_torch_dtype_bool()) return Element::boolean;
-  if (code == aoti_torch_dtype_float64()) return Element::f64;
-  return static_cast<Element>(dtype_of(t, name));
-}
-
-// The places of a tensor's last dimensions in a view, outermost first; those before them are the leading ones.
-using Places = std::initializer_list<int64_t AttentionView::*>;
-constexpr Places kHeads = {&AttentionView::row, &AttentionView::head, &AttentionView::column};
-constexpr Places kScores = {&AttentionView::head, &AttentionView::row, &AttentionView::column};
-constexpr Places kRows = {&AttentionView::head, &AttentionView::row};
-constexpr Places kPerHead = {&AttentionView::head};
-
-// Dimensions of size one, and those that the tensor lacks, are broadcast.
-AttentionView view_of(const Tensor& t, const char* name, Places places, int lead_dims) {
-  AttentionView view = {};
-  view.data = t.data_ptr();
-  view.type = element_of(t, name);
-  const Sizes sizes = t.sizes(), strides = t.strides();
-  int64_t d = static_cast<int64_t>(sizes.size()) - 1;
-  const auto next_stride = [&] {
-    const int64_t stride = d >= 0 && sizes[d] > 1 ? strides[d] : 0;
-    --d;
-    return stride;
-  };
-  for (auto place = places.end(); place != places.begin();) view.*(*--place) = next_stride();
-  for (int lead = lead_dims - 1; lead >= 0; --lead) view.lead[lead] = next_stride();
-  return view;
-}
-
-// A gradient of x: contiguous, of any float type.
-Tensor gradient_of(const Tensor& x, const char* name) {
-  if (element_of(x, name) == Element::f64) return torch::stable::new_empty(x, x.sizes());
-  return empty(x.sizes(), dtype_of(x, name));
-}
-
-// One thread's memory.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64))) {
-    STD_TORCH_CHECK(memory_, "no memory for attention: ", floats, " floats");
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  const std::unique_ptr<float, Free> memory_;
-};
 
 // The forward's tensors and numbers, in the op's order.
 struct Given {
@@ -121,14 +48,9 @@ class CpuAttention {
     call_.left = shape_.band.left;
     call_.right = shape_.band.right;
     call_.offset = shape_.band.offset;
-    call_.scale = static_cast<float>(given.scale);
-    call_.softcap = static_cast<float>(given.softcap.value_or(0));
-    if (given.dropout_p > 0) set_dropout(given.rng, given.dropout_p);
-
-    call_.panel_heads = std::clamp<int64_t>(kPanelRows / std::max<int64_t>(call_.length, 1), 1, call_.group);
-    call_.panels_a_head = (call_.length + kPanelRows - 1) / kPanelRows;
-    call_.panels = call_.panel_heads == 1 ? call_.group * call_.panels_a_head
-                                          : (call_.group + call_.panel_heads - 1) / call_.panel_heads;
+    call_.numbers = call_.random_rows = {0, call_.heads * call_.length, call_.length, 1};
+    rng_ = set_scoring(call_, given.scale, given.softcap, given.rng, given.dropout_p, call_.keys);
+    cut_into_panels(call_);
   }
 
   std::tuple<Tensor, Tensor> forward() {
@@ -192,19 +114,7 @@ class CpuAttention {
     return view_of(t, name, kHeads, call_.lead_dims);
   }
 
-  void set_dropout(const Optional& rng, double p) {
-    STD_TORCH_CHECK(rng && rng->numel() == 2, "rng must be seed and offset where dropout_p is ", p);
-    rng_ = rng->is_contiguous() ? *rng : torch::stable::contiguous(*rng);
-    call_.rng = static_cast<const int64_t*>(rng_->data_ptr());
-    // For p = 1 the threshold would not fit, but then what is kept counts nothing.
-    call_.threshold = static_cast<uint32_t>(std::min(p * 0x1p32, 0x1p32 - 1));
-    call_.kept = p < 1 ? static_cast<float>(1 / (1 - p)) : 0;
-  }
-
   int64_t key_heads() const { return call_.batches * shape_.key_heads; }
-
-  // The work on `rows` rows and `keys` keys, of which each pair costs `columns` products, in parallel()'s elements.
-  static int64_t work(int64_t rows, int64_t keys, int64_t columns) { return rows * keys * (columns + 16) / 64; }
 
   // Of a task's `count` parts the one to do at `step`: in turn from either end, since each thread gets consecutive tasks,
   // and with causality late rows have more keys.
@@ -246,9 +156,7 @@ class CpuAttention {
   // tasks of their own, which compute scores and their gradients twice. What is chosen depends on the shape alone.
   void by_keys_and_panels(const AttentionGradients& gradients) const {
     constexpr int64_t kFewHeads = 4, kSplitKeys = 256;
-    // The keys of a panel: those that its first row sees, and one more for each other position.
-    const int64_t positions = std::min<int64_t>(call_.length, kPanelRows);
-    const int64_t panel_keys = std::min(call_.keys, call_.left + call_.right + positions);
+    const int64_t panel_keys = keys_of_panel(call_);
     if (key_heads() >= kFewHeads || call_.panels == 1)
       return by_keys(gradients, {true, true}, std::max<int64_t>(call_.keys, 1), panel_keys);
     const AttentionBackwardKernels& kernels = backward_kernels();
@@ -296,9 +204,7 @@ class CpuAttention {
     for (int64_t batch = 0; batch < batches; ++batch)
       for (double& sum : total)
         for (int64_t i = 0; i < call_.length; ++i) sum += *rows++;
-    const Tensor rounded = empty(gradient.sizes(), DType::f32);
-    std::copy(total.begin(), total.end(), static_cast<float*>(rounded.data_ptr()));
-    torch::stable::copy_(gradient, rounded);
+    store_rounded(total, gradient);
   }
 
   const Given given_;

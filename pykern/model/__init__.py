@@ -4,6 +4,7 @@ from pykern.model.cache import KVCache
 from pykern.model.config import TransformerConfig
 from pykern.model.generate import generate
 from pykern.model.presets import PRESETS
+from pykern.model.sequences import Packed
 from pykern.model.transformer import Transformer
 
-__all__ = ["PRESETS", "KVCache", "Transformer", "TransformerConfig", "generate"]
+__all__ = ["PRESETS", "KVCache", "Packed", "Transformer", "TransformerConfig", "generate"]

@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pykern.ops as ops
-from pykern.model.cache import LayerCache
 from pykern.model.config import TransformerConfig
 from pykern.model.positions import rotate
+from pykern.model.sequences import Sequences
 
 
 class SelfAttention(nn.Module):
     """Causal multi-head attention, with fewer key and value heads and a sliding window where the config says so."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.heads = [config.num_heads, config.kv_heads, config.kv_heads]
         self.head_width = config.head_width
         self.dropout = config.dropout
@@ -24,32 +25,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_width, bias=config.bias)
         self.output = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, cache: LayerCache | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2 Hkv, E)
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, sequences: Sequences) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_width))  # (…, H + 2 Hkv, E)
         query, key, value = qkv.split(self.heads, dim=-2)
         if rotation is not None:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if cache is not None:
-            cache.append(key, value)
-        return self.output(self._attend(query, key, value, cache).flatten(-2))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | None) -> Tensor:
-        """Everything (B, T, heads, E)."""
-        if cache is not None and query.shape[1] == 1:
-            return ops.attention_decode(query, cache.keys, cache.values, cache.lengths(), window=self.window)
-        if cache is not None:
-            key, value = cache.keys[:, : cache.length], cache.values[:, : cache.length]
-        out = ops.attention(
-            query.transpose(1, 2),  # (B, H, T, E)
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=self.heads[0] != self.heads[1],
-            window=self.window,
-            align="bottom_right",  # what was appended to a cache is the end of its keys
-        )
-        return out.transpose(1, 2)
+        dropout_p = self.dropout if self.training else 0.0
+        out = sequences.attend(query, key, value, layer=self.layer, window=self.window, dropout_p=dropout_p)
+        return self.output(out.flatten(-2))
 
 
 class GeluMlp(nn.Module):
@@ -89,7 +72,7 @@ class MoeMlp(nn.Module):
         self.routing: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)  # (B·T, width)
+        tokens = x.flatten(0, -2)  # (tokens, width)
         logits = self.router(tokens)
         weights, expert_ids = ops.moe_route(logits, self.config.experts_per_token)
         self.routing = logits, expert_ids

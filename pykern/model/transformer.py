@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pykern.model.cache import KVCache, LayerCache
+from pykern.model.cache import KVCache
 from pykern.model.config import TransformerConfig
 from pykern.model.layers import MLPS, MoeMlp, SelfAttention
 from pykern.model.positions import rotation, sinusoidal
+from pykern.model.sequences import Packed, Rectangle, Sequences
 from pykern.nn import LayerNorm, RMSNorm
 
 
@@ -32,10 +33,10 @@ class Block(nn.Module):
     the sum anyway.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = _make_norm(config)
-        self.attention = SelfAttention(config)
+        self.attention = SelfAttention(config, layer)
         self.mlp_norm = _make_norm(config)
         self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
@@ -45,10 +46,10 @@ class Block(nn.Module):
         stream: Tensor,
         update: Tensor | None,
         angles: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None,
+        sequences: Sequences,
     ) -> tuple[Tensor, Tensor]:
         normed, stream = _add_and_norm(stream, update, self.attention_norm)
-        update = self.dropout(self.attention(normed, angles, cache))
+        update = self.dropout(self.attention(normed, angles, sequences))
         normed, stream = _add_and_norm(stream, update, self.mlp_norm)
         return stream, self.dropout(self.mlp(normed))
 
@@ -66,7 +67,7 @@ class Transformer(nn.Module):
         learned = config.positions == "learned"
         self.position_embedding = nn.Embedding(config.context_length, config.width) if learned else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = _make_norm(config)
         # No module shares the embedding's weight: a state dict then holds each tensor once.
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
@@ -85,29 +86,36 @@ class Transformer(nn.Module):
                 adds_to_stream = any(part in name for part in ("attention.output", "mlp.down"))
                 parameter.normal_(std=residual if adds_to_stream else std)
 
-    def forward(self, tokens: Tensor, *, cache: KVCache | None = None, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of the token after each of `tokens`, int64 (B, T).
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        packed: Packed | None = None,
+        cache: KVCache | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size) of the token after each of `tokens`, int64 (B, T); (total, vocab_size) of packed.
 
         Args:
             tokens: ids below vocab_size.
-            cache: holds what came before `tokens`, and is extended by them.
-            targets: int64 (B, T), -1 where nothing is to be predicted. The mean cross-entropy in fp32, a scalar, is
-                returned instead of the logits.
+            packed: `tokens` is (total,): these sequences end to end, none of which sees another.
+            cache: holds what came before `tokens` in each sequence, and is extended by them.
+            targets: int64 in the shape of `tokens`, -1 where nothing is to be predicted. The mean cross-entropy in
+                fp32, a scalar, is returned instead of the logits.
 
         Raises:
-            ValueError: the tokens, with those in the cache, do not fit into the context or into the cache.
+            ValueError: a sequence, with what the cache has of it, does not fit into the context.
         """
-        hidden = self.hidden(tokens, cache=cache)
+        hidden = self.hidden(tokens, packed=packed, cache=cache)
         if targets is None:
             return self.logits(hidden)
-        return F.cross_entropy(self.logits(hidden).flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return F.cross_entropy(self.logits(hidden).flatten(0, -2).float(), targets.flatten(), ignore_index=-1)
 
-    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """The normed residual stream (B, T, width) that `logits` projects; arguments as for `forward`."""
-        start = 0 if cache is None else cache.length
-        self._check(tokens, start, cache)
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        stream = self.embedding(tokens)  # (B, T, width)
+    def hidden(self, tokens: Tensor, *, packed: Packed | None = None, cache: KVCache | None = None) -> Tensor:
+        """The normed residual stream (…, width) that `logits` projects; arguments as for `forward`."""
+        sequences = self._sequences(tokens, packed, cache)
+        positions = sequences.positions
+        stream = self.embedding(tokens)  # (…, width)
         angles = None
         if self.position_embedding is not None:
             stream = stream + self.position_embedding(positions)
@@ -118,8 +126,8 @@ class Transformer(nn.Module):
         else:
             angles = rotation(positions, self.config.head_width, self.config.rope_base)
         stream, update = self.dropout(stream), None
-        for i, block in enumerate(self.blocks):
-            stream, update = block(stream, update, angles, None if cache is None else cache.layers[i])
+        for block in self.blocks:
+            stream, update = block(stream, update, angles, sequences)
         return _add_and_norm(stream, update, self.norm)[0]
 
     def logits(self, hidden: Tensor, *, fp32: bool = False) -> Tensor:
@@ -130,16 +138,20 @@ class Transformer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), weight.float())
 
-    def _check(self, tokens: Tensor, start: int, cache: KVCache | None) -> None:
-        if tokens.dim() != 2:
-            raise ValueError(f"tokens has shape {tuple(tokens.shape)}, expected (batch, length)")
-        end = start + tokens.shape[1]
+    def _sequences(self, tokens: Tensor, packed: Packed | None, cache: KVCache | None) -> Sequences:
+        shape = tuple(tokens.shape)
+        if packed is None and len(shape) != 2:
+            raise ValueError(f"tokens has shape {shape}, expected (batch, length)")
+        if packed is not None and shape != tuple(packed.positions.shape):
+            raise ValueError(f"tokens has shape {shape}, expected {tuple(packed.positions.shape)} of what is packed")
+        if cache is not None:
+            return cache.append(tokens, packed)
+        end = shape[1] if packed is None else packed.max_seqlen
         if end > self.config.context_length:
             raise ValueError(
                 f"tokens reach position {end}, beyond the model's context_length {self.config.context_length}"
             )
-        if cache is not None and end > cache.capacity:
-            raise ValueError(f"tokens reach position {end}, beyond the cache's capacity {cache.capacity}")
+        return Rectangle(torch.arange(shape[1], device=tokens.device)) if packed is None else packed
 
     def auxiliary_loss(self) -> Tensor:
         """What the experts add to the loss, of the last forward pass: a scalar, 0 without experts."""

@@ -12,7 +12,7 @@ from pykern.ops._spec import native, triton
 from pykern.ops.attention_core import DenseCall
 
 LARGEST_HEAD = 256  # of the GPU kernels: of larger ones no tile fits beside its output
-_MOST_QUERIES = 65535 * 128  # of the CUDA kernels: tiles are counted in a grid's second dimension
+MOST_QUERIES = 65535 * 128  # of the CUDA kernels: tiles are counted in a grid's second dimension
 
 
 def cuda_lacks(*args: Any) -> str | None:
@@ -26,8 +26,8 @@ def cuda_lacks(*args: Any) -> str | None:
     size, value_size = call.query.shape[-1], call.value.shape[-1]
     if size % 8 or value_size % 8 or max(size, value_size) > LARGEST_HEAD:
         return f"takes heads of a multiple of 8 elements up to {LARGEST_HEAD}, not {size} and {value_size}"
-    if call.query.shape[-3] > _MOST_QUERIES:
-        return f"takes up to {_MOST_QUERIES} queries, not {call.query.shape[-3]}"
+    if call.query.shape[-3] > MOST_QUERIES:
+        return f"takes up to {MOST_QUERIES} queries, not {call.query.shape[-3]}"
     return None
 
 

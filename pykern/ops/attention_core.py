@@ -88,8 +88,7 @@ class DecodeCall(NamedTuple):
     @property
     def capacity(self) -> int:
         """How many keys a sequence can have."""
-        caches = self.key_cache.shape[1]
-        return caches if self.block_table is None else caches * self.block_table.shape[1]
+        return self.key_cache.shape[1] if self.block_table is None else room_in_pages(self.key_cache, self.block_table)
 
 
 @dataclass(frozen=True)
@@ -202,6 +201,11 @@ def take_rows(rows: Tensor, index: Tensor, inside: Tensor, fill: float = 0.0) ->
         rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), fill)])
     taken = rows[torch.where(inside, index, 0)]
     return torch.where(inside.reshape(*inside.shape, *[1] * (rows.dim() - 1)), taken, fill)
+
+
+def room_in_pages(cache: Tensor, block_table: Tensor) -> int:
+    """How many keys a sequence can have in pages (blocks, block_size, Hkv, E), of which there may be none at all."""
+    return block_table.shape[1] * cache.shape[1] if cache.shape[0] > 0 else 0
 
 
 def take_pages(cache: Tensor, block_table: Tensor, length: Tensor, longest: int) -> Tensor:

@@ -26,9 +26,9 @@ from pykern.ops.attention_core import (
     statistic_dtype,
     take_pages,
 )
-from pykern.ops.attention_cost import decode_cost
+from pykern.ops.attention_cost import decode_cost, decode_traffic
+from pykern.ops.attention_decode_samples import decode_bad, decode_samples
 from pykern.ops.attention_packed_backends import DECODE, DECODE_LACKS
-from pykern.ops.attention_packed_samples import decode_bad, decode_samples
 from pykern.ops.attention_torch import torch_decode
 from pykern.ops.attention_varlen import attention_varlen
 
@@ -98,6 +98,7 @@ _attention_decode = define(
     samples=decode_samples,
     bad=decode_bad,
     cost=decode_cost,
+    traffic=decode_traffic,
     peers={"torch": torch_decode},
 )
 

@@ -67,7 +67,7 @@ def dense_samples(kind: str, make: Any) -> Iterator[Sample]:
     elif kind == "pairs":
         yield from _pairs(make)
     else:
-        yield from features(make)
+        yield from dense_features(make)
         yield from _corners(make)
         if kind == "full":
             yield from _grid(make)
@@ -92,7 +92,7 @@ def _long(make: Any) -> Iterator[Sample]:
     yield Sample("window 128 1x2/1x512x64", _dense(make, (1, 512, 2, 64), (512, 1), window_left=127, **_CAUSAL))
 
 
-def features(make: Any) -> Iterator[Sample]:
+def dense_features(make: Any) -> Iterator[Sample]:
     """One feature each: the rows of the README's table.
 
     A gradient of a few numbers says little beside torch's error, which may happen to be small: hence many heads.
@@ -156,17 +156,17 @@ def _grid(make: Any) -> Iterator[Sample]:
 
 
 def _pairs(make: Any) -> Iterator[Sample]:
-    """Every two features, over several blocks; many heads, because slopes and sinks have one number a head."""
-    length, keys, heads = 131, 150, 16
+    """Every two features, over several blocks. Slopes and sinks have one number a head: many heads, all of weight."""
+    length, keys, heads = 131, 150, 32
     found: dict[str, dict[str, Any]] = {
         "window": {"window_left": 70, "window_right": 9},
         "causal": _CAUSAL,  # behind the window, whose right side it narrows
         "bottom right": {"align": "bottom_right"},
-        "grouped heads": {"key_heads": 4},
-        "value size": {"value_size": 24},
+        "grouped heads": {"key_heads": 8},
+        "value size": {"value_size": 16},
         "softcap": {"softcap": 2.0},
-        "ALiBi": {"alibi_slopes": make(heads, dtype=torch.float32, scale=0.1)},
-        "sinks": {"sinks": make(heads)},
+        "ALiBi": {"alibi_slopes": make(heads, dtype=torch.float32, scale=0.02)},
+        "sinks": {"sinks": make(heads, scale=0.3)},
         "bool mask": {"attn_mask": make(length, keys, grad=False) > -0.5},
         "additive mask": {"attn_mask": make(heads, 1, keys)},
         "dropout": {"rng": _rng(make), "dropout_p": 0.2},
@@ -176,7 +176,7 @@ def _pairs(make: Any) -> Iterator[Sample]:
             given = {**found[one], **found[other]}
             shape = (keys, given.pop("key_heads", heads))
             value_size = given.pop("value_size", 0)
-            yield Sample(f"{one} and {other}", _dense(make, (1, length, heads, 16), shape, value_size, **given))
+            yield Sample(f"{one} and {other}", _dense(make, (1, length, heads, 8), shape, value_size, **given))
 
 
 def dense_bad(make: Any) -> Bad:

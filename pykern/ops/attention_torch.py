@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pykern.ops._philox import keep_mask, row_index
-from pykern.ops.attention_core import DenseCall
+from pykern.ops.attention_core import DecodeCall, DenseCall, VarlenCall
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,52 +67,80 @@ def _explicit_mask(call: DenseCall) -> Tensor | None:
 
 def key_lengths(args: Sequence[Any]) -> list[int]:
     """Of a packed call; reads them back, so it is for tests and benchmarks."""
-    boundaries, used = args[4].tolist(), args[9]
-    return used.tolist() if used is not None else [b - a for a, b in zip(boundaries, boundaries[1:], strict=False)]
+    call = VarlenCall(*args)
+    boundaries = call.cu_seqlens_k.tolist()
+    if call.seqused_k is not None:
+        return call.seqused_k.tolist()
+    return [b - a for a, b in zip(boundaries, boundaries[1:], strict=False)]
 
 
-def _one_sequence(
-    query: Tensor, key: Tensor, value: Tensor, slopes: Tensor | None, sinks: Tensor | None, *rest: Any
+def _padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Sequence[int],
+    lengths: Sequence[int],
+    call: VarlenCall | DecodeCall,
+    right: int | None,
 ) -> Tensor:
-    """torch on a batch of one, aligned bottom-right; rest: scale, window_left, window_right, softcap."""
-    scale, left, right, softcap = rest
+    """torch on sequences side by side, query (B, L, H, E), each at its own offset; without a mask where none is needed.
+
+    Rows and keys that fill up a sequence come last, so that causality alone hides the keys from the rows that count.
+    """
+    rows, keys, device = query.shape[1], key.shape[1], query.device
     grouped = query.shape[-2] != key.shape[-2]
-    call = (None, slopes, sinks, None, 0.0, scale, grouped, left, right, softcap, "bottom_right")
-    return torch_attention(query[None], key[None], value[None], *call)[0]
+    slopes, mask = call.alibi_slopes, None
+    plain = slopes is None and call.window_left is None
+    causal = plain and right == 0 and not any(offsets)
+    if not (causal or (plain and right in (None, 0) and set(lengths) <= {keys} and (right is None or rows == 1))):
+        position = torch.arange(rows, device=device)[:, None] + torch.tensor(offsets, device=device)[:, None, None]
+        distance = position - torch.arange(keys, device=device)  # (B, L, S)
+        mask = torch.arange(keys, device=device) < torch.tensor(lengths, device=device)[:, None, None]
+        mask = mask if call.window_left is None else mask & (distance <= call.window_left)
+        mask = (mask if right is None else mask & (distance >= -right))[:, None]
+        if slopes is not None:
+            bias = (-slopes[..., None, None] * distance[:, None].abs()).to(query.dtype)
+            mask = bias.masked_fill(~mask, -math.inf)
+    call = (mask, None, call.sinks, None, 0.0, call.scale, grouped, None, 0 if causal else None, call.softcap)
+    return torch_attention(query, key, value, *call, "top_left")
 
 
-def _pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    return cache[table.long()].flatten(0, 1)[:length]
+def _from_pages(cache: Tensor, table: Tensor) -> Tensor:
+    return cache[table.long().clamp(0, cache.shape[0] - 1)].flatten(1, 2)
 
 
-def _slopes_of(slopes: Tensor | None, sequence: int) -> Tensor | None:
-    return slopes if slopes is None or slopes.dim() == 1 else slopes[sequence]
+def torch_varlen(*args: Any) -> Tensor | None:
+    """torch on the sequences padded to the longest, unpacked before and packed again; None for keys in no pages."""
+    call = VarlenCall(*args)
+    if call.block_table is not None and call.key.shape[0] == 0:
+        return None
+    bounds, starts, lengths = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist(), key_lengths(args)
+    counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if not counts:
+        return call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
+    query = pad_sequence([call.query[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], batch_first=True)
+    if call.block_table is None:
+        key, value = (
+            pad_sequence([x[a:][:n] for a, n in zip(starts, lengths, strict=False)], batch_first=True)
+            for x in (call.key, call.value)
+        )
+    else:
+        key, value = (_from_pages(x, call.block_table)[:, : max(lengths)] for x in (call.key, call.value))
+    offsets = [n - m for n, m in zip(lengths, counts, strict=True)]
+    out = _padded(query, key, value, offsets, lengths, call, call.window_right)
+    padding = out.new_zeros(call.query.shape[0] - bounds[-1], *out.shape[2:])
+    return torch.cat([*(rows[:n] for rows, n in zip(out, counts, strict=True)), padding])
 
 
-def torch_varlen(*args: Any) -> Tensor:
-    """One torch call a sequence."""
-    query, key, value, bounds, starts = *args[:3], args[3].tolist(), args[4].tolist()
-    slopes, sinks, table, scoring = args[7], args[8], args[10], args[13:]
-    out = []
-    for i, length in enumerate(key_lengths(args)):
-        if table is not None:
-            keys, values = _pages(key, table[i], length), _pages(value, table[i], length)
-        else:
-            keys, values = key[starts[i] :][:length], value[starts[i] :][:length]
-        rows = query[bounds[i] : bounds[i + 1]]
-        out.append(_one_sequence(rows, keys, values, _slopes_of(slopes, i), sinks, *scoring))
-    padding = (out[0] if out else query).new_zeros(query.shape[0] - bounds[-1], query.shape[1], value.shape[-1])
-    return torch.cat([*out, padding])
-
-
-def torch_decode(*args: Any) -> Tensor:
-    """One torch call a sequence."""
-    query, key, value, lengths, table, slopes, sinks, scale, left, softcap = args
-    out = []
-    for i, length in enumerate(lengths.tolist()):
-        if table is not None:
-            keys, values = _pages(key, table[i], length), _pages(value, table[i], length)
-        else:
-            keys, values = key[i, :length], value[i, :length]
-        out.append(_one_sequence(query[i], keys, values, _slopes_of(slopes, i), sinks, scale, left, 0, softcap))
-    return torch.stack(out) if out else query.new_zeros(0, *query.shape[1:-1], value.shape[-1])
+def torch_decode(*args: Any) -> Tensor | None:
+    """torch on the cache as far as its longest sequence; pages are put together first, and None if there are none."""
+    call = DecodeCall(*args)
+    if call.block_table is not None and call.key_cache.shape[0] == 0:
+        return None
+    lengths = call.cache_seqlens.tolist()
+    longest = max(lengths, default=0)
+    key, value = (
+        (x if call.block_table is None else _from_pages(x, call.block_table))[:, :longest]
+        for x in (call.key_cache, call.value_cache)
+    )
+    return _padded(call.query, key, value, [n - call.query.shape[1] for n in lengths], lengths, call, 0)

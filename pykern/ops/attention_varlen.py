@@ -16,15 +16,16 @@ from pykern.ops.attention_core import (
     attend,
     default_scale,
     key_padding,
+    room_in_pages,
     statistic_dtype,
     take_pages,
     take_rows,
 )
-from pykern.ops.attention_cost import varlen_backward_cost, varlen_cost
+from pykern.ops.attention_cost import varlen_backward_cost, varlen_backward_traffic, varlen_cost, varlen_traffic
 from pykern.ops.attention_packed_backends import VARLEN, VARLEN_BACKWARD, VARLEN_BACKWARD_LACKS, VARLEN_LACKS
-from pykern.ops.attention_packed_samples import varlen_bad, varlen_samples
 from pykern.ops.attention_torch import torch_varlen
 from pykern.ops.attention_varlen_checks import check_varlen, check_varlen_backward, check_varlen_values
+from pykern.ops.attention_varlen_samples import varlen_bad, varlen_samples
 
 
 def _segments(boundaries: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def _padded_keys(call: VarlenCall) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values (B, longest, Hkv, E), zeros beyond each sequence's length, and the lengths."""
     used, longest = call.seqused_k, call.max_seqlen_k
     if call.block_table is not None:
-        longest = min(longest, call.block_table.shape[1] * call.key.shape[1])
+        longest = min(longest, room_in_pages(call.key, call.block_table))
         boundaries = call.cu_seqlens_k.long()
         length = (boundaries[1:] - boundaries[:-1] if used is None else used.long()).clamp(0, longest)
         return *(take_pages(x, call.block_table, length, longest) for x in (call.key, call.value)), length
@@ -101,6 +102,7 @@ _attention_varlen_backward = define_backward(
     backends=VARLEN_BACKWARD,
     supports=VARLEN_BACKWARD_LACKS,
     cost=varlen_backward_cost,
+    traffic=varlen_backward_traffic,
 )
 
 _attention_varlen = define(
@@ -121,6 +123,7 @@ _attention_varlen = define(
     samples=varlen_samples,
     bad=varlen_bad,
     cost=varlen_cost,
+    traffic=varlen_traffic,
     peers={"torch": torch_varlen},
 )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pykern
-from pykern.ops.attention_samples import features
+from pykern.ops._spec import Sample
+from pykern.ops.attention_decode_samples import decode_features
+from pykern.ops.attention_samples import dense_features
+from pykern.ops.attention_varlen_samples import varlen_features
 from pykern.testing.commands import backend_table, forward_ops
 from pykern.testing.inputs import Make
 from pykern.testing.sass import Cost
@@ -21,18 +24,20 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def feature_table() -> str:
+def feature_table(op: str, features: Callable[[Any], Iterable[Sample]]) -> str:
     """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
-    spec = pykern.catalogue()["attention"]
+    spec = pykern.catalogue()[op]
     columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
-    rows += [(str(d)[6:], next(features(Make("cpu", d)))) for d in (torch.float16, torch.float32, torch.float64)]
+    rows += [(str(d)[6:], next(iter(features(Make("cpu", d))))) for d in (torch.float16, torch.float32, torch.float64)]
     for label, sample in rows:
         cells = []
         for name, chain in columns.items():
             forward = _first(chain, spec.supports, *sample.args)
-            backward = _first(chain, spec.gradient.op.supports, None, None, *sample.args, None, None, None)
+            backward = forward
+            if spec.gradient.op.backends:
+                backward = _first(chain, spec.gradient.op.supports, None, None, *sample.args, None, None, None)
             served = "kernel" if forward == name else forward
             cells.append(served if forward == backward else f"{served}, backward {backward}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -128,7 +133,9 @@ def render(text: str) -> str:
     """The README with every generated section made anew."""
     sections = {
         "backends": backend_table,
-        "attention": feature_table,
+        "attention": lambda: feature_table("attention", dense_features),
+        "attention_varlen": lambda: feature_table("attention_varlen", varlen_features),
+        "attention_decode": lambda: feature_table("attention_decode", decode_features),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),

@@ -139,6 +139,17 @@ def whole_windows(
         yield _windows(tokens, np.array([count * context_length]), rest)
 
 
+def document_lengths(inputs: Tensor, end_of_text: int) -> Tensor:
+    """Of windows (batch, length) that lie end to end, the lengths of the pieces of documents in them, (pieces,).
+
+    A piece ends with the window, or with the end-of-text token, which belongs to the document before it.
+    """
+    first = torch.ones_like(inputs, dtype=torch.bool)
+    first[:, 1:] = inputs[:, :-1] == end_of_text
+    starts = first.flatten().nonzero()[:, 0]
+    return torch.diff(starts, append=starts.new_tensor([inputs.numel()]))
+
+
 def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
     window = tokens[starts[:, None] + np.arange(length + 1)]  # (batch, length + 1)
     window = torch.from_numpy(window.astype(np.int64))

@@ -170,12 +170,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         problems = self._problems()
-        rollouts = self._sample(problems, config.group_size)
-        rewards, passed = self._judge(problems, rollouts, config.group_size)
-        figures = self._optimise(rollouts, group_advantages(rewards, config.scale_rewards))
+        rollout = self._sample(problems, config.group_size)
+        rewards, passed = self._judge(problems, rollout)
+        figures = self._optimise(rollout, group_advantages(rewards, config.scale_rewards))
         took = time.perf_counter() - start
         self.seconds += took
-        lengths = torch.cat([rollout.lengths for rollout in rollouts]).double()
+        lengths = rollout.lengths.double()
         return {
             "reward": rewards.nanmean().item(),
             "pass_rate": passed.mean().item(),
@@ -196,7 +196,7 @@ class Trainer:
             chosen += [problems[i] for i in order[offset : offset + count - len(chosen)]]
         return chosen
 
-    def _sample(self, problems: Sequence[Problem], group_size: int, purpose: str = "step") -> list[Rollout]:
+    def _sample(self, problems: Sequence[Problem], group_size: int, purpose: str = "step") -> Rollout:
         with autocast(self.model, self.config.precision):
             return sample_rollouts(
                 self.model,
@@ -208,26 +208,22 @@ class Trainer:
                 seed=random.Random(f"{self.config.seed}/{purpose} {self.step}").getrandbits(48),
             )
 
-    def _judge(
-        self, problems: Sequence[Problem], rollouts: Sequence[Rollout], group_size: int
-    ) -> tuple[Tensor, Tensor]:
+    def _judge(self, problems: Sequence[Problem], rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Rewards, NaN for None, and whether each completion is the answer: two fp64 (problems, group size)."""
-        rewards = torch.empty(len(problems) * group_size, dtype=torch.float64)
-        passed = torch.empty_like(rewards)
-        for rollout in rollouts:
-            for sample, ids in zip(rollout.samples.tolist(), rollout.completion_ids(), strict=True):
-                problem = problems[sample // group_size]
-                judged = problem.prompt, self.tokenizer.decode(ids), problem.answer
-                reward = self.reward(*judged)
-                rewards[sample] = math.nan if reward is None else reward
-                passed[sample] = exact_match(*judged)
-        return rewards.view(-1, group_size), passed.view(-1, group_size)
+        completions = [self.tokenizer.decode(ids) for ids in rollout.completion_ids()]
+        size = len(completions) // len(problems)
+        rewards, passed = [], []
+        for i, text in enumerate(completions):
+            problem = problems[i // size]
+            reward = self.reward(problem.prompt, text, problem.answer)
+            rewards.append(math.nan if reward is None else reward)
+            passed.append(exact_match(problem.prompt, text, problem.answer))
+        return tuple(torch.tensor(x, dtype=torch.float64).view(-1, size) for x in (rewards, passed))
 
-    def _optimise(self, rollouts: Sequence[Rollout], advantages: Tensor) -> dict[str, float | None]:
+    def _optimise(self, rollout: Rollout, advantages: Tensor) -> dict[str, float | None]:
         """`updates_per_rollout` steps of the optimiser on the same completions; returns the last one's figures."""
-        config = self.config
-        advantages = advantages.flatten().to(self.device)
-        pieces = [piece for rollout in rollouts for piece in rollout.split(config.micro_batch_size)]
+        config, advantages = self.config, advantages.flatten()
+        pieces = list(rollout.split(config.micro_batch_size))
         old = reference = None
         if config.updates_per_rollout > 1:  # a single update's own log-probabilities are those of the sampler
             old = [frozen_log_probs(self.model, piece, config) for piece in pieces]
@@ -248,8 +244,8 @@ class Trainer:
         samples, passed, size = self.config.eval_samples, 0.0, max(1, _EVAL_ROWS // self.config.eval_samples)
         for i in range(0, len(problems), size):
             part = problems[i : i + size]
-            rollouts = self._sample(part, samples, purpose=f"test {i}")
-            passed += self._judge(part, rollouts, samples)[1].sum().item()
+            rollout = self._sample(part, samples, purpose=f"test {i}")
+            passed += self._judge(part, rollout)[1].sum().item()
         return passed / (len(problems) * samples)
 
     def save(self, run: Run) -> None:

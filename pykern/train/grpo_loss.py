@@ -4,8 +4,7 @@ GRPO is from DeepSeekMath (arXiv 2402.03300), `dr_grpo` from Dr. GRPO (arXiv 250
 bounds from DAPO (arXiv 2503.14476), `delta` from INTELLECT-2 (arXiv 2505.07291), and the k3 estimator of the
 KL divergence from Schulman, http://joschu.net/blog/kl-approx.html.
 
-Below, N is the number of completions, C the longest one's tokens, and a completion's mask is True on its own tokens,
-end-of-sequence included.
+Below, N is the number of completions and M that of all their tokens, end-of-sequence included, which lie end to end.
 
 The loss of an on-policy step is zero in value whenever the advantages of a group sum to zero: its gradient is not.
 Watch the reward and the gradient's norm.
@@ -80,17 +79,16 @@ def clipped_objective(
     eps_high: float = 0.2,
     delta: float | None = None,
 ) -> Tensor:
-    """The loss of each token, (N, C): −min(min(ρ, delta)·A, clip(ρ, 1 − eps_low, 1 + eps_high)·A).
+    """The loss of each token, (M,): −min(min(ρ, delta)·A, clip(ρ, 1 − eps_low, 1 + eps_high)·A).
 
     Args:
-        log_probs: (N, C), of the policy that is trained.
-        old_log_probs: (N, C), of the policy that sampled. No gradient flows into it; `log_probs.detach()` gives ρ = 1
+        log_probs: (M,), of the policy that is trained.
+        old_log_probs: (M,), of the policy that sampled. No gradient flows into it; `log_probs.detach()` gives ρ = 1
             and the plain policy gradient.
-        advantages: (N,).
+        advantages: (M,), of the completion that a token belongs to.
         delta: bounds ρ from above where A < 0 and the clip does not hold; None does not.
     """
     ratio = _bounded(log_probs - old_log_probs.detach()).exp()
-    advantages = advantages[:, None]
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(bounded * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
 
@@ -115,20 +113,19 @@ def loss_denominator(reduction: Reduction, lengths: Tensor, max_completion_lengt
     raise ValueError(f"reduction is {reduction!r}, expected 'grpo', 'dr_grpo' or 'dapo'")
 
 
-def reduce_loss(token_losses: Tensor, mask: Tensor, reduction: Reduction, denominator: float) -> Tensor:
-    """One number from (N, C) losses and their bool mask.
+def reduce_loss(token_losses: Tensor, lengths: Tensor, reduction: Reduction, denominator: float) -> Tensor:
+    """One number from the losses ℓ (M,) of completions with so many tokens each, lengths (N,) on the CPU.
 
-        grpo     Σ_i (Σ_t m ℓ / Σ_t m) / denominator      a completion counts once, however long it is
-        dr_grpo  Σ_i Σ_t m ℓ / denominator                a token counts the same in every batch
-        dapo     Σ_i Σ_t m ℓ / denominator                a token counts the same within the batch
+        grpo     Σ_i (Σ_t ℓ / length_i) / denominator      a completion counts once, however long it is
+        dr_grpo  Σ_i Σ_t ℓ / denominator                   a token counts the same in every batch
+        dapo     Σ_i Σ_t ℓ / denominator                   a token counts the same within the batch
 
     The denominator is that of the whole optimiser step, so the losses of its micro-batches add up to the loss of the
     step, and so do their gradients, however the step is split.
     """
-    kept = torch.where(mask, token_losses, 0.0)
     if reduction == "grpo":
-        kept = kept / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return kept.sum() / denominator
+        token_losses = token_losses / lengths.repeat_interleave(lengths).to(token_losses.device)
+    return token_losses.sum() / denominator
 
 
 def _bounded(log_ratio: Tensor) -> Tensor:

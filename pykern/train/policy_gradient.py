@@ -27,7 +27,7 @@ def autocast(model: Transformer, precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def frozen_log_probs(model: Transformer, rollout: Rollout, config: GRPOConfig) -> Tensor:
-    """(N, C) fp32 log-probabilities of the completions' tokens, without a gradient."""
+    """(M,) fp32 log-probabilities of the completions' tokens, without a gradient."""
     with autocast(model, config.precision):
         logits = completion_logits(model, rollout)
     return token_log_probs(logits, rollout.completions, config.temperature)
@@ -46,8 +46,8 @@ def accumulate_gradient(
 
     Args:
         pieces: micro-batches; how the completions are spread over them does not change the gradient.
-        advantages: (completions,), indexed by `Rollout.samples`.
-        old: log-probabilities of the policy that sampled, (N, C) a piece. None: those of `model` itself.
+        advantages: (completions,) fp32 on the CPU, in the order of the pieces.
+        old: log-probabilities of the policy that sampled, (M,) a piece. None: those of `model` itself.
         reference: those of the reference policy, for the KL term.
 
     Returns:
@@ -55,29 +55,29 @@ def accumulate_gradient(
     """
     lengths = torch.cat([piece.lengths for piece in pieces])
     denominator = loss_denominator(config.reduction, lengths, config.max_completion_length)
-    sums = torch.zeros(4, dtype=torch.float64, device=lengths.device)
+    total = sum(len(piece.tokens) for piece in pieces)
+    sums = torch.zeros(4, dtype=torch.float64, device=pieces[0].tokens.device)
     for i, piece in enumerate(pieces):
         with autocast(model, config.precision):
             logits = completion_logits(model, piece)
         log_probs = token_log_probs(logits, piece.completions, config.temperature)
         before = log_probs.detach() if old is None else old[i]
+        own, advantages = advantages[: len(piece.lengths)], advantages[len(piece.lengths) :]
         losses = clipped_objective(
             log_probs,
             before,
-            advantages[piece.samples],
+            own.repeat_interleave(piece.lengths).to(log_probs.device),
             eps_low=config.eps_low,
             eps_high=config.eps_high,
             delta=config.delta,
         )
         kl = torch.zeros_like(losses) if reference is None else kl_to_reference(log_probs, reference[i])
-        loss = reduce_loss(losses + config.kl_coefficient * kl, piece.mask, config.reduction, denominator)
-        share = len(piece.tokens) / len(lengths)
-        (loss + share * model.auxiliary_loss()).backward()
+        loss = reduce_loss(losses + config.kl_coefficient * kl, piece.lengths, config.reduction, denominator)
+        (loss + len(piece.tokens) / total * model.auxiliary_loss()).backward()
         with torch.no_grad():
             ratio = (log_probs - before).exp()
             clipped = (ratio < 1 - config.eps_low) | (ratio > 1 + config.eps_high)
-            a_token = torch.stack([token_entropy(logits, config.temperature), kl, clipped.float()])  # (3, N, C)
             sums[0] += loss
-            sums[1:] += torch.where(piece.mask, a_token, 0.0).sum(dim=(1, 2))
+            sums[1:] += torch.stack([token_entropy(logits, config.temperature), kl, clipped.float()]).sum(dim=1)
     loss, entropy, kl, clipped = (sums / sums.new_tensor([1.0] + 3 * [lengths.sum()])).tolist()
     return {"loss": loss, "entropy": entropy, "kl": None if reference is None else kl, "clip_fraction": clipped}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.model import Transformer
+from pykern.model import Packed, Transformer
 from pykern.train import checkpoint, data
 from pykern.train.config import from_dict, read_config, to_dict
 from pykern.train.errors import UserError, first_line, writing
@@ -55,6 +55,8 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
             config = _with_vocabulary(config, tokens.tokenizer.vocab_size)
     checkpoint.require_vocabulary(tokens.tokenizer.vocab_size, config.model.vocab_size, str(config.out))
     tokens.require(config.window)
+    if config.documents and tokens.tokenizer.end_of_text is None:
+        raise UserError("--documents needs a tokenizer with an end-of-text token: use --tokenizer bpe")
     trainer = Trainer(config, tokens)
     if resume:
         trainer.restore(weights, state, newest)
@@ -202,11 +204,15 @@ class Trainer:
         return total / count
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        packed = None
+        if self.config.documents:
+            packed = Packed.of(data.document_lengths(inputs, self.tokens.tokenizer.end_of_text), self.device)
+            inputs, targets = inputs.flatten(), targets.flatten()
         inputs, targets = inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
         if self.config.precision == "float32":
-            return self.forward(inputs, targets=targets)
+            return self.forward(inputs, packed=packed, targets=targets)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return self.forward(inputs, targets=targets)
+            return self.forward(inputs, packed=packed, targets=targets)
 
     def _tokens_per_step(self) -> int:
         return self.config.accumulation * self.config.batch_size * self.config.window

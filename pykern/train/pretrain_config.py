@@ -29,6 +29,9 @@ class PretrainConfig:
     """The model; a vocab_size of 1 becomes the tokenizer's."""
     context_length: int | None = None
     """Tokens in a training window. None: as many as the model takes."""
+    documents: bool = False
+    """A window is cut where the end-of-text token ends a document: tokens attend inside their own document only, and
+    positions count from its start. Needs a tokenizer with such a token (bpe)."""
     seed: int = 1337
     steps: int = 2000
     batch_size: int = 12

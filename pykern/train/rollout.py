@@ -1,56 +1,71 @@
 """Completions sampled from a policy, and what the policy thinks of them.
 
-Tokens stay tokens: text is made of them for the reward and never made tokens again. A completion is masked by its
-length, counted when it was sampled; no token id is padding, and the end-of-sequence token belongs to the completion.
+Tokens stay tokens: text is made of them for the reward and never made tokens again. Prompts and completions of any
+lengths lie end to end, without padding. The end-of-sequence token belongs to the completion.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pykern.model import Transformer, generate
+from pykern.model import Packed, Transformer, generate
+from pykern.model.sequences import ragged
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of prompts of one length, `group` in a row for each prompt."""
+    """N completions, each behind its prompt; M below is the number of all completions' tokens."""
 
     tokens: Tensor
-    """(N, P + C) int64: prompt, then completion, then filling."""
-    prompt_length: int
+    """(total,) int64: prompt, completion, prompt, completion, …"""
+    prompt_lengths: Tensor
+    """(N,) int64, on the CPU as all but the tokens."""
     lengths: Tensor
     """(N,) int64: tokens of each completion, its end-of-sequence token included."""
     ended: Tensor
     """(N,) bool: whether a completion came to its end-of-sequence token."""
-    samples: Tensor
-    """(N,) int64: prompt · group size + place in the group, the prompt counted among all those sampled together."""
 
-    @property
+    @cached_property
     def completions(self) -> Tensor:
-        return self.tokens[:, self.prompt_length :]
+        """(M,) tokens of the completions."""
+        total = self.prompt_lengths + self.lengths
+        return self.tokens[_rows(total, self.prompt_lengths, total, self.tokens.device)]
 
-    @property
-    def mask(self) -> Tensor:
-        """(N, C) bool"""
-        return torch.arange(self.completions.shape[1], device=self.tokens.device) < self.lengths[:, None]
+    @cached_property
+    def inputs(self) -> tuple[Tensor, Packed]:
+        """What the policy reads: all tokens but the last of each completion, which predicts nothing."""
+        total = self.prompt_lengths + self.lengths
+        rows = _rows(total, torch.zeros_like(total), total - 1, self.tokens.device)
+        return self.tokens[rows], Packed.of(total - 1, self.tokens.device)
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """(M,) rows of the inputs from which the policy drew the completions' tokens."""
+        inputs = self.prompt_lengths + self.lengths - 1
+        return _rows(inputs, self.prompt_lengths - 1, inputs, self.tokens.device)
 
     def completion_ids(self) -> list[list[int]]:
         """The tokens that a reward judges: those of each completion, without its end-of-sequence token."""
-        counts = (self.lengths - self.ended.long()).tolist()
-        return [row[:count] for row, count in zip(self.completions.tolist(), counts, strict=True)]
+        rows = self.completions.cpu().split(self.lengths.tolist())
+        return [row.tolist()[:-1] if ended else row.tolist() for row, ended in zip(rows, self.ended, strict=True)]
 
-    def split(self, rows: int) -> Iterator[Rollout]:
-        """Pieces of at most `rows` rows, with columns that none of them uses cut off."""
-        for i in range(0, len(self.tokens), rows):
-            lengths = self.lengths[i : i + rows]
-            end = self.prompt_length + int(lengths.max())
-            part = slice(i, i + rows)
-            yield Rollout(self.tokens[part, :end], self.prompt_length, lengths, self.ended[part], self.samples[part])
+    def split(self, count: int) -> Iterator[Rollout]:
+        """Pieces of at most `count` completions."""
+        sizes = [int(part.sum()) for part in (self.prompt_lengths + self.lengths).split(count)]
+        rows = [x.split(count) for x in (self.prompt_lengths, self.lengths, self.ended)]
+        return (Rollout(*piece) for piece in zip(self.tokens.split(sizes), *rows, strict=True))
+
+
+def _rows(lengths: Tensor, first: Tensor, end: Tensor, device: torch.device) -> Tensor:
+    """Of sequences of these lengths that lie end to end, the rows whose place in theirs is from `first` to `end`."""
+    sequence, place = ragged(lengths)
+    inside = (place >= first[sequence]) & (place < end[sequence])
+    return inside.nonzero()[:, 0].to(device, non_blocking=True)
 
 
 def sample_rollouts(
@@ -62,32 +77,18 @@ def sample_rollouts(
     temperature: float,
     eos: int | None,
     seed: int,
-) -> list[Rollout]:
-    """`group_size` completions of each prompt (token ids): one Rollout for each length of prompt."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
-    device = model.embedding.weight.device
-    rollouts = []
-    for length, indices in sorted(by_length.items()):
-        rows = torch.tensor([prompts[i] for i in indices], device=device).repeat_interleave(group_size, dim=0)
-        tokens = generate(model, rows, max_completion_length, temperature=temperature, seed=seed + length, eos=eos)
-        lengths, ended = completion_lengths(tokens[:, length:], eos)
-        first = torch.tensor(indices, device=device) * group_size
-        samples = (first[:, None] + torch.arange(group_size, device=device)).flatten()
-        rollouts.append(Rollout(tokens, length, lengths, ended, samples))
-    return rollouts
-
-
-def completion_lengths(completions: Tensor, eos: int | None) -> tuple[Tensor, Tensor]:
-    """(N, C) tokens -> (N,) tokens up to and with the first end-of-sequence token, and whether there is one."""
-    is_end = torch.zeros_like(completions, dtype=torch.bool) if eos is None else completions == eos
-    before = is_end.cumsum(dim=1) == 0
-    ended = is_end.any(dim=1)
-    return before.sum(dim=1) + ended, ended
+) -> Rollout:
+    """`group_size` completions of each prompt (token ids), those of a prompt one behind the other."""
+    rows = [row for row in map(torch.tensor, prompts) for _ in range(group_size)]
+    found = generate(model, rows, max_completion_length, temperature=temperature, seed=seed, eos=eos)
+    tokens = torch.cat(found)
+    total, prompt_lengths = (torch.tensor([row.numel() for row in several]) for several in (found, rows))
+    last = tokens[(total.cumsum(0) - 1).to(tokens.device)].cpu()
+    return Rollout(tokens, prompt_lengths, total - prompt_lengths, last == (-1 if eos is None else eos))
 
 
 def completion_logits(model: Transformer, rollout: Rollout) -> Tensor:
-    """(N, C, V) fp32 logits from which the policy drew each token of the completions."""
-    hidden = model.hidden(rollout.tokens[:, :-1])  # the last token predicts nothing
-    return model.logits(hidden[:, rollout.prompt_length - 1 :], fp32=True)
+    """(M, V) fp32 logits from which the policy drew each token of the completions."""
+    tokens, packed = rollout.inputs
+    hidden = model.hidden(tokens, packed=packed)
+    return model.logits(hidden.index_select(0, rollout.sources), fp32=True)

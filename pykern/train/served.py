@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykern
-from pykern.model import Transformer, generate
+from pykern.model import Packed, Transformer, generate
 
 
 class _Recorder(TorchDispatchMode):
@@ -26,11 +26,15 @@ class _Recorder(TorchDispatchMode):
 
 
 def served_by(model: Transformer, prompt: list[int]) -> dict[str, str]:
-    """Op -> backend, for a training step on the prompt (token ids) and for decoding two tokens after it."""
+    """Op -> backend, for training steps on the prompt (token ids), padded and packed, and for two tokens after it."""
     tokens = torch.tensor([prompt], device=model.embedding.weight.device)
     recorder = _Recorder()
     with recorder:
-        loss = model(tokens[:, :-1], targets=tokens[:, 1:]) + model.auxiliary_loss()
-        torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        for inputs, targets, packed in (
+            (tokens[:, :-1], tokens[:, 1:], None),
+            (tokens[0, :-1], tokens[0, 1:], Packed.of([len(prompt) - 1], tokens.device)),
+        ):
+            loss = model(inputs, packed=packed, targets=targets) + model.auxiliary_loss()
+            torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         generate(model, tokens, 2, temperature=0)
     return dict(sorted(recorder.backends.items()))

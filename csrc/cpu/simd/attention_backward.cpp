@@ -13,13 +13,16 @@
 namespace pykern {
 namespace {
 
+// What fp32 loses in a sum grows with the length of its chain of additions: sums over keys are added up in parts.
+constexpr int kChain = 8;
+
 // What a panel brings and collects; of numbers a row, of matrices kPanelRows columns but for the first two.
 struct Meeting {
   Panel panel;
   ScoreInputs inputs;
   float *query, *dout;  // rows of whole vectors
   float *dout_transposed, *dquery;
-  float *lse, *norm, *delta, *slope_sums;  // the weights e^(score - lse) are to be multiplied by norm
+  float *shift, *norm, *delta, *slope_sums;  // the weights e^(score - shift) are to be multiplied by norm
 };
 
 // For each block of keys of a panel a tile.
@@ -71,8 +74,10 @@ int64_t mask_scratch(const AttentionCall& call, int64_t task_keys) {
   return common_floats(call) + meeting_floats(call) + tiles_floats(call, 1) + task_keys * kPanelRows;
 }
 
-int64_t index_of(const AttentionCall& call, const Panel& panel, int row) {
-  return (panel.batch * call.heads + panel.head[row]) * call.length + panel.row[row];
+// At least one, whether masks allow it or not.
+float keys_seen(const AttentionCall& call, const Panel& panel, int row) {
+  const int64_t first = larger_of(panel.low[row], 0), last = smaller_of(panel.high[row], call.keys - 1);
+  return static_cast<float>(larger_of(last - first + 1, 1));
 }
 
 void prepare(
@@ -82,7 +87,7 @@ void prepare(
   m.dout = arena.take(padded(call.value_size) * kPanelRows);
   m.dout_transposed = arena.take(call.value_size * kPanelRows);
   m.dquery = arena.take(call.size * kPanelRows);
-  m.lse = arena.take(kPanelRows);
+  m.shift = arena.take(kPanelRows);
   m.norm = arena.take(kPanelRows);
   m.delta = arena.take(kPanelRows);
   m.slope_sums = arena.take(kPanelRows);
@@ -97,9 +102,11 @@ void prepare(
   memset(m.dquery, 0, call.size * kPanelRows * sizeof(float));
   memset(m.slope_sums, 0, kPanelRows * sizeof(float));
   for (int i = 0; i < kPanelRows; ++i) {
-    // +inf makes the weights zero: of rows in which nothing is allowed, and of those that fill up the panel.
-    const float lse = i < m.panel.rows ? call.lse[index_of(call, m.panel, i)] : -kInfinity;
-    m.lse[i] = lse == -kInfinity ? kInfinity : lse;
+    // +inf makes the weights zero: of rows in which nothing is allowed, and of those that fill up the panel. Else any
+    // shift will do, as the sum of the weights divides it out again; but an exponent near zero is rounded least, and
+    // weights that count are near e^lse over the number of keys.
+    const float lse = i < m.panel.rows ? call.lse[number_of(call.numbers, m.panel, i)] : -kInfinity;
+    m.shift[i] = lse == -kInfinity ? kInfinity : lse - __builtin_logf(keys_seen(call, m.panel, i));
   }
 }
 
@@ -121,18 +128,23 @@ void find_products(
   });
 }
 
-// Scores become e^(score - lse), whose sum over keys is added to `weights`, that of their products with dP to `products`.
+// Scores become e^(score - shift), whose sum over keys is added to `weights`, that of their products with dP to `products`.
 template <bool with_gradient>
 PYKERN_INLINE void weigh(const Meeting& m, int keys, const Tiles& tiles, float* weights, float* products) {
   for (int column = 0; column < m.panel.vectors * kLanes; column += kLanes) {
-    const Vec lse = load(m.lse + column);
+    const Vec shift = load(m.shift + column);
     Vec sum = {}, product = {};
-    for (int k = 0; k < keys; ++k) {
-      const int at = k * kPanelRows + column;
-      const Vec weight = exp(load(tiles.weights + at) - lse);
-      store(tiles.weights + at, weight);
-      sum += weight;
-      if constexpr (with_gradient) product = fma(weight, load(tiles.gradient + at), product);
+    for (int first = 0; first < keys; first += kChain) {
+      Vec part = {}, product_part = {};
+      for (int k = first; k < smaller_of(first + kChain, keys); ++k) {
+        const int at = k * kPanelRows + column;
+        const Vec weight = exp(load(tiles.weights + at) - shift);
+        store(tiles.weights + at, weight);
+        part += weight;
+        if constexpr (with_gradient) product_part = fma(weight, load(tiles.gradient + at), product_part);
+      }
+      sum += part;
+      product += product_part;
     }
     store(weights + column, load(weights + column) + sum);
     store(products + column, load(products + column) + product);
@@ -153,7 +165,7 @@ void finish_sums(const AttentionCall& call, const AttentionGradients& gradients,
   if (call.sinks.data) load_heads(call, call.sinks, m.panel, sinks);
   if (gradients.dlse.data) load_heads(call, gradients.dlse, m.panel, dlse);
   for (int column = 0; column < m.panel.vectors * kLanes; column += kLanes) {
-    const Vec sink = call.sinks.data ? exp(load(sinks + column) - load(m.lse + column)) : Vec{};
+    const Vec sink = call.sinks.data ? exp(load(sinks + column) - load(m.shift + column)) : Vec{};
     const Vec total = load(m.norm + column) + sink;
     const Vec norm = total == Vec{} ? Vec{} : 1.f / total;
     Vec delta = load(m.delta + column) * norm;
@@ -163,7 +175,7 @@ void finish_sums(const AttentionCall& call, const AttentionGradients& gradients,
     store(sinks + column, -sink * norm * delta);
   }
   for (int i = 0; i < m.panel.rows; ++i) {
-    const int64_t at = index_of(call, m.panel, i);
+    const int64_t at = number_of(call.numbers, m.panel, i);
     gradients.norm[at] = m.norm[i];
     gradients.delta[at] = m.delta[i];
     if (gradients.sink_rows) gradients.sink_rows[at] = sinks[i];
@@ -173,7 +185,7 @@ void finish_sums(const AttentionCall& call, const AttentionGradients& gradients,
 // norm and delta as an earlier task found them.
 void load_sums(const AttentionCall& call, const AttentionGradients& gradients, const Meeting& m) {
   for (int i = 0; i < kPanelRows; ++i) {
-    const int64_t at = index_of(call, m.panel, i < m.panel.rows ? i : 0);
+    const int64_t at = number_of(call.numbers, m.panel, i < m.panel.rows ? i : 0);
     m.norm[i] = gradients.norm[at];
     m.delta[i] = gradients.delta[at];
   }
@@ -193,9 +205,13 @@ void add_slopes(const AttentionCall& call, const Meeting& m, const Keys& keys, c
   row_places(call, m.panel, keys.first, places);
   for (int column = 0; column < m.panel.vectors * kLanes; column += kLanes) {
     Vec total = {};
-    for (int k = 0; k < keys.count; ++k) {
-      const Vec distance = absolute(load(places + column) - splat(static_cast<float>(k)));
-      total = fma(load(gradient + k * kPanelRows + column), distance, total);
+    for (int first = 0; first < keys.count; first += kChain) {
+      Vec part = {};
+      for (int k = first; k < smaller_of(first + kChain, keys.count); ++k) {
+        const Vec distance = absolute(load(places + column) - splat(static_cast<float>(k)));
+        part = fma(load(gradient + k * kPanelRows + column), distance, part);
+      }
+      total += part;
     }
     store(m.slope_sums + column, load(m.slope_sums + column) - total);
   }
@@ -224,7 +240,7 @@ void add_to_keys(
 
 void finish_rows(const AttentionCall& call, const AttentionGradients& gradients, const Meeting& m) {
   if (gradients.slope_rows)
-    for (int i = 0; i < m.panel.rows; ++i) gradients.slope_rows[index_of(call, m.panel, i)] = m.slope_sums[i];
+    for (int i = 0; i < m.panel.rows; ++i) gradients.slope_rows[number_of(call.numbers, m.panel, i)] = m.slope_sums[i];
   if (!gradients.dquery.data) return;
   float factors[kPanelRows];
   for (int i = 0; i < kPanelRows; ++i) factors[i] = call.scale;
@@ -277,9 +293,9 @@ void run(
     if (sides.rows) {
       memset(m.norm, 0, kPanelRows * sizeof(float));
       memset(m.delta, 0, kPanelRows * sizeof(float));
-      for (int64_t k = first_key; k < end_key; k += kBlockKeys) {
+      for (int64_t k = first_key; k < end_key; k = end_of_block(k)) {
         const Keys keys = load_keys(call, task.batch, task.shared_head, k, end_key, common.key, common.value);
-        const Tiles block = tiles_of_block(tiles, (k - first_key) / kBlockKeys);
+        const Tiles block = tiles_of_block(tiles, k / kBlockKeys - first_key / kBlockKeys);
         first_pass(call, gradients, m, keys, block, m.norm, m.delta);
       }
       finish_sums(call, gradients, m);
@@ -287,9 +303,9 @@ void run(
       load_sums(call, gradients, m);
     }
     if (wants_dquery || wants_slopes || wants_dkey || wants_dvalue) {
-      for (int64_t k = first_key; k < end_key; k += kBlockKeys) {
+      for (int64_t k = first_key; k < end_key; k = end_of_block(k)) {
         const Keys keys = load_keys(call, task.batch, task.shared_head, k, end_key, common.key, common.value);
-        const Tiles block = tiles_of_block(tiles, sides.rows ? (k - first_key) / kBlockKeys : 0);
+        const Tiles block = tiles_of_block(tiles, sides.rows ? k / kBlockKeys - first_key / kBlockKeys : 0);
         float unused[2][kPanelRows] = {};
         if (!sides.rows) first_pass(call, gradients, m, keys, block, unused[0], unused[1]);
         find_gradient(m, keys.count, block, gradients.of_scores);
@@ -355,7 +371,7 @@ void mask(
         Arena rest = arena;
         prepare(call, gradients, common, m, rest);
         load_sums(call, gradients, m);
-        for (int64_t k = first_key; k < end_key; k += kBlockKeys) {
+        for (int64_t k = first_key; k < end_key; k = end_of_block(k)) {
           const Keys keys = load_keys(call, batch, head / call.group, k, end_key, common.key, common.value);
           float unused[2][kPanelRows] = {};
           first_pass(call, gradients, m, keys, tiles, unused[0], unused[1]);

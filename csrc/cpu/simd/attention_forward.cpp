@@ -65,7 +65,7 @@ void finish(const AttentionCall& call, const Running& running) {
     const float sum = running.sum[i];
     factors[i] = sum == 0 ? 0 : 1 / sum;
     if (i >= panel.rows) continue;
-    const int64_t at = (panel.batch * call.heads + panel.head[i]) * call.length + panel.row[i];
+    const int64_t at = number_of(call.numbers, panel, i);
     // Rounded once: what is computed from lse has no more digits than it.
     call.lse[at] = sum == 0 ? -kInfinity : static_cast<float>(running.top[i] + __builtin_log(double{sum}));
   }
@@ -91,7 +91,7 @@ void run(const AttentionCall& call, const AttentionTask& task, float* memory) {
       first_key = smaller_of(first_key, running[i].panel.first_key);
       end_key = larger_of(end_key, running[i].panel.end_key);
     }
-    for (int64_t k = first_key; k < end_key; k += kBlockKeys) {
+    for (int64_t k = first_key; k < end_key; k = end_of_block(k)) {
       const Keys keys = load_keys(call, task.batch, task.shared_head, k, end_key, own_key, own_value);
       for (int i = 0; i < count; ++i) {
         Running& now = running[i];

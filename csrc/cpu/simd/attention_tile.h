@@ -30,6 +30,8 @@ struct Arena {
 };
 
 constexpr int64_t kTile = kBlockKeys * kPanelRows;
+// Products of a tile that not every row sees are made for so many keys at a time.
+constexpr int kStripKeys = 16;
 
 // Rows of one batch entry that share a key head.
 struct Panel {
@@ -57,7 +59,7 @@ PYKERN_INLINE void set_keys(const AttentionCall& call, Panel& panel) {
     least_high = smaller_of(least_high, panel.high[i]);
     most_high = larger_of(most_high, panel.high[i]);
   }
-  panel.first_key = larger_of(least_low, 0);
+  panel.first_key = larger_of(least_low, 0) / kStripKeys * kStripKeys;
   panel.end_key = smaller_of(most_high + 1, call.keys);
   panel.first_open = most_low;
   panel.end_open = least_high + 1;
@@ -101,6 +103,10 @@ PYKERN_INLINE void with_type(Element type, Body body) {
     case Element::f64: return body(double{});
     case Element::boolean: return body(bool{});
   }
+}
+
+PYKERN_INLINE int64_t number_of(const RowNumbers& numbers, const Panel& panel, int row) {
+  return numbers.first + panel.batch * numbers.batch + panel.head[row] * numbers.head + panel.row[row] * numbers.row;
 }
 
 PYKERN_INLINE int64_t lead_offset(const AttentionCall& call, const AttentionView& view, int64_t batch) {
@@ -215,6 +221,9 @@ PYKERN_INLINE void load_heads(
   });
 }
 
+// Blocks of keys begin where any panel's do, so that a row's result does not depend on the rows that share its panel.
+PYKERN_INLINE int64_t end_of_block(int64_t key) { return (key / kBlockKeys + 1) * kBlockKeys; }
+
 // Keys `first` to first + count of one key head, as rows of fp32: in place, or in `own`.
 struct Keys {
   int64_t first;
@@ -226,13 +235,20 @@ struct Keys {
 PYKERN_INLINE const float* key_rows(
     const AttentionCall& call, const AttentionView& view, int64_t batch, int64_t head, int64_t first, int count,
     int64_t columns, float* own, int64_t& stride) {
-  const int64_t base = lead_offset(call, view, batch) + head * view.head + first * view.row;
-  if (view.type == Element::f32 && (view.column == 1 || columns == 1)) {
+  const Pages& pages = call.pages;
+  const Heads in_pages = {view.data, view.lead[0], view.row, view.head};
+  const int64_t base = head * view.head + (pages.table ? 0 : lead_offset(call, view, batch));
+  const auto offset_of = [&](int64_t key) PYKERN_LAMBDA {
+    return base + (pages.table ? pages.offset_of(in_pages, call.sequence, static_cast<int>(key)) : key * view.row);
+  };
+  const bool in_rows = !pages.table || pages.by_size.divide(static_cast<int>(first)) ==
+          pages.by_size.divide(static_cast<int>(first + count - 1));
+  if (in_rows && view.type == Element::f32 && (view.column == 1 || columns == 1)) {
     stride = view.row;
-    return static_cast<const float*>(view.data) + base;
+    return static_cast<const float*>(view.data) + offset_of(first);
   }
   int64_t offsets[kBlockKeys];
-  for (int i = 0; i < count; ++i) offsets[i] = base + i * view.row;
+  for (int i = 0; i < count; ++i) offsets[i] = offset_of(first + i);
   stride = round_up(columns, kLanes);
   load_rows(view, offsets, count, columns, own, stride);
   return own;
@@ -246,7 +262,7 @@ PYKERN_INLINE Keys load_keys(
     float* own_value) {
   Keys keys;
   keys.first = first;
-  keys.count = static_cast<int>(smaller_of(kBlockKeys, end - first));
+  keys.count = static_cast<int>(smaller_of(end_of_block(first), end) - first);
   keys.key = key_rows(call, call.key, batch, head, first, keys.count, call.size, own_key, keys.key_stride);
   keys.value =
       key_rows(call, call.value, batch, head, first, keys.count, call.value_size, own_value, keys.value_stride);
@@ -358,7 +374,6 @@ PYKERN_INLINE bool all_open(const Panel& panel, const Keys& keys) {
 template <class Body>
 PYKERN_INLINE void each_strip(const Panel& panel, const Keys& keys, Body body) {
   if (all_open(panel, keys)) return body(0, keys.count, 0, panel.vectors);
-  constexpr int kStripKeys = 16;
   for (int k = 0; k < keys.count; k += kStripKeys) {
     const int count = static_cast<int>(smaller_of(kStripKeys, keys.count - k));
     const int64_t first = keys.first + k, last = first + count - 1;
@@ -429,13 +444,11 @@ PYKERN_INLINE ScoreInputs load_inputs(const AttentionCall& call, const Panel& pa
 // What each weight is multiplied by: zero where it is dropped.
 __attribute__((noinline)) void dropout_factors(
     const AttentionCall& call, const Panel& panel, const Keys& keys, float* tile) {
-  const int64_t groups = (call.keys + 3) / 4;
   const uint64_t seed = call.rng[0], offset = call.rng[1];
   uint32_t low[kPanelRows] = {}, high[kPanelRows] = {};
   const int64_t first_group = keys.first / 4, end = keys.first + keys.count;
   for (int i = 0; i < panel.rows; ++i) {
-    const int64_t row = (panel.batch * call.heads + panel.head[i]) * call.length + panel.row[i];
-    const uint64_t counter = static_cast<uint64_t>(row) * groups + first_group;
+    const uint64_t row = number_of(call.random_rows, panel, i), counter = row * call.random_fours + first_group;
     low[i] = static_cast<uint32_t>(counter);
     high[i] = static_cast<uint32_t>(counter >> 32);
   }

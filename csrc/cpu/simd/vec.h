@@ -13,7 +13,9 @@
 #include <immintrin.h>
 #endif
 
+#ifndef PYKERN_INLINE  // heads.h has it too
 #define PYKERN_INLINE inline __attribute__((always_inline))
+#endif
 #define PYKERN_LAMBDA __attribute__((always_inline))
 
 namespace pykern {

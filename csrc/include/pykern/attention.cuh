@@ -65,6 +65,35 @@ struct ForwardPlace {
         head(of_all_heads % a.heads) {}
 };
 
+// Where that is in dense tensors. attention_varlen.cuh has the same of packed ones.
+struct DenseForward : ForwardPlace {
+  using Args = AttentionForwardArgs;
+  const Args& a;
+
+  __device__ __forceinline__ explicit DenseForward(const Args& args) : ForwardPlace(args), a(args) {}
+
+  __device__ __forceinline__ const Band& band() const { return a.band; }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> query() const {
+    return rows_of_head<T>(a.query, batch, head, a.band.queries, a.size);
+  }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> key() const {
+    return rows_of_head<T>(a.key, batch, head / a.group, a.band.keys, a.size);
+  }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> value() const {
+    return rows_of_head<T>(a.value, batch, head / a.group, a.band.keys, a.value_size);
+  }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> out() const {
+    return rows_of_head<T>(a.out, batch, head, a.band.queries, a.value_size);
+  }
+  __device__ __forceinline__ float* lse() const {
+    return a.lse + static_cast<int64_t>(of_all_heads) * a.band.queries;
+  }
+};
+
 __device__ __forceinline__ int forward_first_row(ForwardTile tile) {
   return static_cast<int>(gridDim.y - 1 - blockIdx.y) * tile.queries;
 }
@@ -75,11 +104,11 @@ __device__ __forceinline__ int forward_warp_row(ForwardTile tile) {
 }
 
 // K and V, blocks of kTile.keys rows in turn: K of the first block, V of the first, K of the second, …
-template <class T, int kSize>
+template <class T, int kSize, ForwardTile kTile, class Rows>
 class KeyValueRing {
  public:
-  __device__ __forceinline__ KeyValueRing(T* slots, const HeadRows<T>& keys, const HeadRows<T>& values, int first_block)
-      : slots_(slots), keys_(keys, first_block * kTile.keys), values_(values, first_block * kTile.keys) {}
+  __device__ __forceinline__ KeyValueRing(T* slots, const Rows& keys, const Rows& values, int first_key)
+      : slots_(slots), keys_(keys, first_key), values_(values, first_key) {}
 
   // Begins as many copies as there may be under way; there is a first block.
   __device__ __forceinline__ void begin() {
@@ -102,9 +131,8 @@ class KeyValueRing {
   }
 
  private:
-  static constexpr ForwardTile kTile = forward_tile(kSize);
   static constexpr int kSlots = kTile.slots, kSlotSize = kTile.keys * kSize;
-  using Loader = TileLoader<T, kTile.keys, kSize, kTile.threads()>;
+  using Loader = TileLoader<Rows, kTile.keys, kSize, kTile.threads()>;
 
   // A group is committed even where there is nothing left, so that waits count right.
   template <bool kValues>
@@ -176,10 +204,10 @@ __device__ __forceinline__ void for_each(FragmentC<float> (&c)[kM][kN], const Ch
 // Scores in units of log2 less ALiBi's slope times the distance.
 template <int kM, int kN>
 __device__ __forceinline__ void add_alibi(
-    FragmentC<float> (&scores)[kM][kN], const AttentionForwardArgs& a, int first_row, int first_key) {
+    FragmentC<float> (&scores)[kM][kN], const AttentionForwardArgs& a, int position, int first_key) {
   const ForwardPlace place(a);
   const float slope = -kLog2e * a.slopes[a.slopes_of_batch ? place.of_all_heads : place.head];
-  const int distance = first_row + a.band.offset + lane_id() / 4 - first_key - lane_id() % 4 * 2;
+  const int distance = position + lane_id() / 4 - first_key - lane_id() % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -258,13 +286,14 @@ class QueryRows {
 };
 
 // Divides by the sums and stores, through the warp's own rows of the tile of queries.
-template <class T, int kSize, int kM>
+template <class T, int kSize, class Place, int kM>
 __device__ __forceinline__ void store_output(
-    const AttentionForwardArgs& a, T* tile, FragmentC<float> (&out)[kM][kSize / 8], const OnlineSoftmax<kM>& softmax) {
-  const ForwardPlace place(a);
+    const typename Place::Args& a, T* tile, FragmentC<float> (&out)[kM][kSize / 8],
+    const OnlineSoftmax<kM>& softmax) {
+  const Place place(a);
   const int warp_row = forward_warp_row(forward_tile(kSize)), row = forward_first_row(forward_tile(kSize)) + warp_row;
   T* const rows = tile + warp_row * kSize;
-  float* const lse = a.lse + static_cast<int64_t>(place.of_all_heads) * a.band.queries;
+  float* const lse = place.lse();
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -285,39 +314,37 @@ __device__ __forceinline__ void store_output(
         out[m][v].x[2 * half + 1] *= scale;
       }
       const int own = row + 16 * m + 8 * half + lane_id() / 4;
-      if (lane_id() % 4 == 0 && own < a.band.queries)
+      if (lane_id() % 4 == 0 && own < place.band().queries)
         lse[own] = sum == 0 ? -kInfinity : fmaf(top, a.natural, logf(sum));
     }
 #pragma unroll
     for (int v = 0; v < kSize / 8; ++v) store_fragment<kSize>(rows, out[m][v], 16 * m, 8 * v);
   }
   __syncwarp();
-  store_rows<16 * kM, kSize, kWarp>(
-      rows_of_head<T>(a.out, place.batch, place.head, a.band.queries, a.value_size), rows, row);
+  store_rows<16 * kM, kSize, kWarp>(place.template out<T>(), rows, row);
 }
 
-template <class T, int kSize, bool kSoftcap>
-__global__ void __launch_bounds__(forward_tile(kSize).threads()) attention_forward(const AttentionForwardArgs a) {
+template <class T, int kSize, bool kSoftcap, class Place>
+__device__ __forceinline__ void attend_tile(const Place& place) {
   constexpr ForwardTile kTile = forward_tile(kSize);
   constexpr int kM = kTile.queries / kTile.warps / 16, kN = kTile.keys / 8;
-  const ForwardPlace place(a);
-  if (place.of_all_heads >= a.all_heads) return;
-  const int first_row = forward_first_row(kTile), key_head = place.head / a.group;
-  const Range seen = a.band.keys_of({first_row, first_row + kTile.queries});
+  const typename Place::Args& a = place.a;
+  const Band& band = place.band();
+  const int first_row = forward_first_row(kTile);
+  const Range seen = band.keys_of({first_row, first_row + kTile.queries});
   const int first = seen.first / kTile.keys, end = (max(seen.end, 0) + kTile.keys - 1) / kTile.keys;
 
   T* const query_tile = dynamic_shared<T>();
-  KeyValueRing<T, kSize> ring(
-      query_tile + kTile.queries * kSize, rows_of_head<T>(a.key, place.batch, key_head, a.band.keys, a.size),
-      rows_of_head<T>(a.value, place.batch, key_head, a.band.keys, a.value_size), first);
+  using KeyRows = decltype(place.template key<T>());
+  KeyValueRing<T, kSize, kTile, KeyRows> ring(
+      query_tile + kTile.queries * kSize, place.template key<T>(), place.template value<T>(), first * kTile.keys);
   const TileReader<T, kSize> lane;
   QueryRows<T, kSize, kM, kTile.holds_query> queries(query_tile + forward_warp_row(kTile) * kSize);
   OnlineSoftmax<kM> softmax;
   FragmentC<float> out[kM][kSize / 8] = {};
 
   if (first < end) {
-    load_rows<kTile.queries, kSize, kTile.threads()>(
-        query_tile, rows_of_head<T>(a.query, place.batch, place.head, a.band.queries, a.size), first_row);
+    load_rows<kTile.queries, kSize, kTile.threads()>(query_tile, place.template query<T>(), first_row);
     cp_async_commit();
     ring.begin();
     if constexpr (kTile.holds_query) {
@@ -330,7 +357,7 @@ __global__ void __launch_bounds__(forward_tile(kSize).threads()) attention_forwa
     const TileReader<T, kSize> reader = lane.again();
     const int own_row = first_row + forward_warp_row(kTile), first_key = block * kTile.keys;
     const Range rows = {own_row, own_row + 16 * kM}, columns = {first_key, first_key + kTile.keys};
-    const bool sees = a.band.allows_any(rows, columns);  // if not, the block is there for other warps
+    const bool sees = band.allows_any(rows, columns);  // if not, the block is there for other warps
     FragmentA<T> weights[kN / 2][kM];
     const T* const keys = ring.template next<false>(block + 1 < end);
     if (sees) {
@@ -338,8 +365,8 @@ __global__ void __launch_bounds__(forward_tile(kSize).threads()) attention_forwa
       queries.multiply(scores, reader, keys);
       if constexpr (kSoftcap) for_each(scores, [&](float x) { return tanh_fast(x * a.inner); });
       else if (a.inner < 0) for_each(scores, [](float x) { return -x; });
-      if (a.slopes) add_alibi(scores, a, own_row, first_key);
-      if (!a.band.allows_all(rows, columns)) mask(scores, a.band, own_row, first_key);
+      if (a.slopes) add_alibi(scores, a, own_row + band.offset, first_key);
+      if (!band.allows_all(rows, columns)) mask(scores, band, own_row, first_key);
       softmax.weigh(scores, out, a.slopes ? 1.f : a.outer);
 #pragma unroll
       for (int n = 0; n < kN; n += 2)
@@ -353,7 +380,13 @@ __global__ void __launch_bounds__(forward_tile(kSize).threads()) attention_forwa
       for (int n = 0; n < kN / 2; ++n) multiply_columns_at(out, weights[n], reader, values, 16 * n);
     }
   }
-  store_output<T, kSize>(a, query_tile, out, softmax);
+  store_output<T, kSize, Place>(a, query_tile, out, softmax);
+}
+
+template <class T, int kSize, bool kSoftcap>
+__global__ void __launch_bounds__(forward_tile(kSize).threads()) attention_forward(const AttentionForwardArgs a) {
+  const DenseForward place(a);
+  if (place.of_all_heads < a.all_heads) attend_tile<T, kSize, kSoftcap>(place);
 }
 
 }  // namespace pykern

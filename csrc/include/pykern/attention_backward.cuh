@@ -47,8 +47,8 @@ struct GradientTile {
 
 // What binds is the bandwidth of shared memory: an operand that was loaded should serve many products, so a warp holds
 // as many accumulators as registers allow. For heads of 64 elements these are 32 rows of both gradients, for 128 they
-// are 16 rows, and for 256 16 rows of one gradient: there dkey and dvalue are launches of their own. The one gradient of
-// queries leaves room, at 128, for the rows themselves, on which a quarter of all reads would be spent.
+// are 16 rows, and for 256 16 rows of one gradient: there dkey and dvalue are launches of their own. The one gradient
+// of queries leaves room, at 128, for the rows themselves, on which a quarter of all reads would be spent.
 // Tiles are what fits with two stages of visited ones: 64 KiB for 64 elements, so that sm_80 holds two blocks, else
 // 96 KiB, which a block can have on every GPU since sm_80.
 __host__ __device__ constexpr GradientTile gradient_tile(int size, Gradient of) {
@@ -114,34 +114,28 @@ __device__ __forceinline__ float share_of_product(const T* a, const T* b, int si
   return sum;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kStatisticsThreads) attention_statistics(AttentionStatisticsArgs args) {
+// The two numbers of `query`, which sees what `band` says, by the lanes of one row. `query_row` and `key_row` say where
+// a query's row and that of a key it sees are in tensors; `row` is the query's place among the statistics.
+template <class T, class QueryRow, class KeyRow>
+__device__ __forceinline__ void reduce_statistics(
+    const AttentionStatisticsArgs& args, bool exists, const Band& band, int query, int64_t row,
+    const QueryRow& query_row, const KeyRow& key_row) {
   const AttentionGradientArgs& call = args.call;
   const int lane = static_cast<int>(threadIdx.x) % kStatisticsLanes;
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * kStatisticsRows + static_cast<int>(threadIdx.x) / kStatisticsLanes;
-  const bool exists = row < args.rows;
-  const int64_t batch_head = row / call.band.queries, batch = batch_head / call.heads;
-  const int query = static_cast<int>(row % call.band.queries), head = static_cast<int>(batch_head % call.heads);
-  const auto row_of = [&](const Heads& heads, int own_head, int own_row) {
-    return static_cast<const T*>(heads.data) + batch * heads.batch + own_head * heads.head + own_row * heads.row;
-  };
 
   // A query that sees nothing has a log-sum-exp of -inf, and all scores are: with +inf its weights are zeros.
   float lse = exists ? args.lse[row] * kLog2e : 0.f, sum[1] = {};
   if (lse == -kInfinity) lse = kInfinity;
-  const Range seen = call.band.keys_of(query);
+  const Range seen = band.keys_of(query);
   const int keys = exists && call.dout.data ? seen.end - seen.first : 0;
-  if (keys > kFewKeys)
-    sum[0] = share_of_product(row_of(call.dout, head, query), row_of(args.out, head, query), call.value_size, lane);
-  const int few = keys > kFewKeys ? 0 : keys, key_head = head / (call.heads / call.key_heads);
+  if (keys > kFewKeys) sum[0] = share_of_product(query_row(call.dout), query_row(args.out), call.value_size, lane);
+  const int few = keys > kFewKeys ? 0 : keys;
   for (int k = 0; __any_sync(kFullWarp, k < few); ++k) {
     float products[2] = {};
     if (k < few) {
       const int key = seen.first + k;
-      products[0] = share_of_product(row_of(call.query, head, query), row_of(call.key, key_head, key), call.size, lane);
-      products[1] =
-          share_of_product(row_of(call.dout, head, query), row_of(call.value, key_head, key), call.value_size, lane);
+      products[0] = share_of_product(query_row(call.query), key_row(call.key, key), call.size, lane);
+      products[1] = share_of_product(query_row(call.dout), key_row(call.value, key), call.value_size, lane);
     }
     sum_over_lanes(products, kStatisticsLanes);
     float derivative;
@@ -155,44 +149,96 @@ __global__ void __launch_bounds__(kStatisticsThreads) attention_statistics(Atten
   args.statistics[row] = make_float2(lse, lse == kInfinity ? 0.f : sum[0] - dlse);
 }
 
-// What a block owns and what it visits.
-struct GradientBlock {
-  int batch, head, first, rows;  // owned: the tile's first row, and how many there are in the head
-  int visited_head;              // the first
+template <class T>
+__global__ void __launch_bounds__(kStatisticsThreads) attention_statistics(AttentionStatisticsArgs args) {
+  const AttentionGradientArgs& call = args.call;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * kStatisticsRows + static_cast<int>(threadIdx.x) / kStatisticsLanes;
+  const int64_t batch_head = row / call.band.queries, batch = batch_head / call.heads;
+  const int query = static_cast<int>(row % call.band.queries), head = static_cast<int>(batch_head % call.heads);
+  const int key_head = head / (call.heads / call.key_heads);
+  const auto row_of = [&](const Heads& heads, int own_head, int own_row) {
+    return static_cast<const T*>(heads.data) + batch * heads.batch + own_head * heads.head + own_row * heads.row;
+  };
+  reduce_statistics<T>(
+      args, row < args.rows, call.band, query, row, [&](const Heads& heads) { return row_of(heads, head, query); },
+      [&](const Heads& heads, int key) { return row_of(heads, key_head, key); });
+}
+
+// A block's tile of what it owns. Tiles of one head are neighbours, so that they find in L2 what they visit; those that
+// see the most come first.
+template <class Plan>
+struct GradientPlace {
+  int batch, head, first;  // the tile's first row
+
+  __device__ __forceinline__ GradientPlace(const AttentionGradientArgs& args, int tiles) {
+    const int index = opaque(static_cast<int>(blockIdx.x)), heads = Plan::kKeys ? args.key_heads : args.heads;
+    batch = index / tiles / heads;
+    head = index / tiles % heads;
+    first = (Plan::kKeys ? index % tiles : tiles - 1 - index % tiles) * Plan::kTile.owned;
+  }
+};
+
+// What a block owns and what it visits, in a band.
+template <class Plan>
+struct GradientBlock : GradientPlace<Plan> {
+  int rows;          // that are owned by all blocks of the head
+  int visited_head;  // the first
   int visited_heads;
   int visited_rows;  // of a head
   Range seen;        // of these
+
+  __device__ __forceinline__ GradientBlock(
+      const AttentionGradientArgs& args, const GradientPlace<Plan>& place, const Band& band)
+      : GradientPlace<Plan>(place) {
+    constexpr bool kKeys = Plan::kKeys;
+    const int group = args.heads / args.key_heads;
+    const Range owned = {place.first, place.first + Plan::kTile.owned};
+    rows = kKeys ? band.keys : band.queries;
+    visited_head = kKeys ? place.head * group : place.head / group;
+    visited_heads = kKeys ? group : 1;
+    visited_rows = kKeys ? band.queries : band.keys;
+    seen = kKeys ? band.queries_of(owned) : band.keys_of(owned);
+  }
 };
 
-// Tiles of one head are neighbours, so that they find in L2 what they visit; those that see the most come first.
+// Where that is in dense tensors. attention_varlen_backward.cuh has the same of packed ones.
 template <class Plan>
-__device__ __forceinline__ GradientBlock gradient_block(const AttentionGradientArgs& args) {
-  constexpr bool kKeys = Plan::kKeys;
-  constexpr int kOwned = Plan::kTile.owned;
-  const Band& band = args.band;
-  const int rows = kKeys ? band.keys : band.queries, heads = kKeys ? args.key_heads : args.heads;
-  const int tiles = (rows + kOwned - 1) / kOwned, group = args.heads / args.key_heads;
-  const int index = static_cast<int>(blockIdx.x), head = index / tiles % heads;
-  const int first = (kKeys ? index % tiles : tiles - 1 - index % tiles) * kOwned;
-  const Range owned = {first, first + kOwned};
-  return {
-      index / tiles / heads,
-      head,
-      first,
-      rows,
-      kKeys ? head * group : head / group,
-      kKeys ? group : 1,
-      kKeys ? band.queries : band.keys,
-      kKeys ? band.queries_of(owned) : band.keys_of(owned)};
-}
+struct DenseGradient : GradientBlock<Plan> {
+  using Args = AttentionGradientArgs;
+  const Args& args;
+
+  __device__ __forceinline__ explicit DenseGradient(const Args& a)
+      : GradientBlock<Plan>(a, GradientPlace<Plan>(a, tiles(Plan::kKeys ? a.band.keys : a.band.queries)), a.band),
+        args(a) {}
+
+  static __device__ __forceinline__ int tiles(int rows) { return (rows + Plan::kTile.owned - 1) / Plan::kTile.owned; }
+
+  // The same, said anew: what is only needed before and after the loop need not wait in registers.
+  __device__ __forceinline__ const DenseGradient& again() const { return *this; }
+
+  __device__ __forceinline__ const Band& band() const { return args.band; }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> owned(const Heads& heads, int size) const {
+    return rows_of_head<T>(heads, this->batch, this->head, this->rows, size);
+  }
+  template <class T>
+  __device__ __forceinline__ HeadRows<T> visited(const Heads& heads, int head, int size) const {
+    return rows_of_head<T>(heads, this->batch, head, this->visited_rows, size);
+  }
+  // Of a head's first query.
+  __device__ __forceinline__ const float2* statistics(int head) const {
+    return args.statistics + (static_cast<int64_t>(this->batch) * args.heads + head) * args.band.queries;
+  }
+};
 
 // The tiles that a block visits, one after another: while one is read, the next is copied to the other stage.
-template <class T, class Plan>
+template <class T, class Plan, class Block>
 class VisitedTiles {
  public:
   // Begins to copy the first.
-  __device__ __forceinline__ VisitedTiles(T* shared, const AttentionGradientArgs& args, const GradientBlock& block)
-      : shared_(shared), args_(args), block_(block), head_(block.visited_head), next_row_(block.seen.first) {
+  __device__ __forceinline__ VisitedTiles(T* shared, const Block& block)
+      : shared_(shared), block_(block), head_(block.visited_head), next_row_(block.seen.first) {
     const int tiles = max(block.seen.end - block.seen.first + Plan::kTile.visited - 1, 0) / Plan::kTile.visited;
     left_ = tiles * block.visited_heads;
     if (left_ > 0) copy();
@@ -228,27 +274,25 @@ class VisitedTiles {
   }
 
   __device__ __forceinline__ void copy() {
-    const Heads& x = Plan::kKeys ? args_.query : args_.key;
-    const Heads& y = Plan::kKeys ? args_.dout : args_.value;
-    const int rows = block_.visited_rows;
+    const AttentionGradientArgs& args = block_.args;
+    const Heads& x = Plan::kKeys ? args.query : args.key;
+    const Heads& y = Plan::kKeys ? args.dout : args.value;
     load_rows<Plan::kTile.visited, Plan::kSize, Plan::kThreads>(
-        shared_ + Plan::kVisitedX + stage_ * Plan::kSize,
-        rows_of_head<T>(x, block_.batch, head_, rows, args_.size), next_row_);
-    if (args_.dout.data)
+        shared_ + Plan::kVisitedX + stage_ * Plan::kSize, block_.template visited<T>(x, head_, args.size), next_row_);
+    if (args.dout.data)
       load_rows<Plan::kTile.visited, Plan::kSize, Plan::kThreads>(
-          shared_ + Plan::kVisitedY + stage_ * Plan::kSize,
-          rows_of_head<T>(y, block_.batch, head_, rows, args_.value_size), next_row_);
+          shared_ + Plan::kVisitedY + stage_ * Plan::kSize, block_.template visited<T>(y, head_, args.value_size),
+          next_row_);
     if (const int own = static_cast<int>(threadIdx.x); Plan::kKeys && own < Plan::kTile.visited) {
-      const int64_t query = (static_cast<int64_t>(block_.batch) * args_.heads + head_) * rows + next_row_ + own;
-      const bool exists = next_row_ + own < rows;
-      cp_async<8>(statistics() + stage_ + own, args_.statistics + (exists ? query : 0), exists ? 8 : 0);
+      const bool exists = next_row_ + own < block_.visited_rows;
+      const float2* const from = exists ? block_.statistics(head_) + next_row_ + own : args.statistics;
+      cp_async<8>(statistics() + stage_ + own, from, exists ? 8 : 0);
     }
     cp_async_commit();
   }
 
   T* shared_;
-  const AttentionGradientArgs& args_;
-  const GradientBlock& block_;
+  const Block& block_;
   int head_, next_row_;  // what is copied next
   int row_ = 0, stage_ = 0, left_;  // the stage that is written next, in rows
 };
@@ -348,12 +392,12 @@ __device__ __forceinline__ void accumulate(
   for (int k = 0; k < kDeep; ++k) multiply_columns_at(sums, operands[k], reader, rows, 16 * k);
 }
 
-template <class T, int kSize, Gradient kOf, bool kSoftcap>
-__global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
-    attention_gradients(const AttentionGradientArgs args) {
-  using Plan = GradientPlan<kSize, kOf>;
+template <class T, class Plan, bool kSoftcap, class Block>
+__device__ __forceinline__ void sum_gradients(const Block& block) {
+  const AttentionGradientArgs& args = block.args;
+  const Band& band = block.band();
   constexpr GradientTile kTile = Plan::kTile;
-  constexpr int kTall = Plan::kTall, kWide = Plan::kWide;
+  constexpr int kSize = Plan::kSize, kTall = Plan::kTall, kWide = Plan::kWide;
   constexpr bool kKeys = Plan::kKeys;
   const bool wants_x = Plan::kOfX && (!Plan::kBoth || args.dkey.data);
   const bool wants_y = Plan::kOfY && (!Plan::kBoth || args.dvalue.data);
@@ -361,22 +405,18 @@ __global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
 
   T* const owned_x = dynamic_shared<T>();
   T* const owned_y = owned_x + Plan::kOwnedY;
-  const GradientBlock block = gradient_block<Plan>(args);
-  const auto owned = [&](const Heads& heads, int size) {
-    return rows_of_head<T>(heads, block.batch, block.head, block.rows, size);
-  };
+  const auto owned = [&](const Heads& heads, int size) { return block.template owned<T>(heads, size); };
   load_rows<kTile.owned, kSize, Plan::kThreads>(owned_x, owned(kKeys ? args.key : args.query, args.size), block.first);
   if (Plan::kOfX && has_dout)
     load_rows<kTile.owned, kSize, Plan::kThreads>(
         owned_y, owned(kKeys ? args.value : args.dout, args.value_size), block.first);
-  VisitedTiles<T, Plan> visited(owned_x, args, block);
+  VisitedTiles<T, Plan, Block> visited(owned_x, block);
 
   const int lane = lane_id(), warp_row = static_cast<int>(threadIdx.x) / kWarp * kTile.rows;
   const Range rows = {block.first + warp_row, min(block.first + warp_row + kTile.rows, block.rows)};
   float2 own_statistics[kTall][2];  // of queries that are owned; of visited ones they are beside their tiles
   if constexpr (!kKeys) {
-    const int64_t head = static_cast<int64_t>(block.batch) * args.heads + block.head;
-    const float2* const from = args.statistics + head * block.rows;
+    const float2* const from = block.statistics(block.head);
 #pragma unroll
     for (int i = 0; i < kTall; ++i)
 #pragma unroll
@@ -399,7 +439,7 @@ __global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
 #pragma unroll 1
     for (int column = 0; column < kTile.visited; column += kTile.columns) {
       const Range columns = {visited.row() + column, visited.row() + column + kTile.columns};
-      const Sight seen = sight<kKeys>(args.band, rows, columns);
+      const Sight seen = sight<kKeys>(band, rows, columns);
       if (seen == Sight::none) continue;
       const T* const x = visited.x(column);
       const T* const y = visited.y(column);
@@ -415,7 +455,7 @@ __global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
         const float score = exponent<kSoftcap>(p[i][j].x[e], args, derivative[i][j].x[e]);
         p[i][j].x[e] = exp2_approx(score - statistic(i, j, e).x);
       });
-      if (seen == Sight::some) clear_unseen<kKeys>(p, args.band, rows.first, columns.first);
+      if (seen == Sight::some) clear_unseen<kKeys>(p, band, rows.first, columns.first);
       Operands<T, kTall, kWide / 2> operands;
       to_operands<T>(operands, p);
       for_each_weight<Plan>([&](int i, int j, int e) {
@@ -430,7 +470,7 @@ __global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
         if (has_dout) own_y.multiply(dp, y);
         for_each_weight<Plan>([&](int i, int j, int e) { p[i][j].x[e] *= dp[i][j].x[e] - statistic(i, j, e).y; });
         // Zeros again, should dP not be finite.
-        if (seen == Sight::some) clear_unseen<kKeys>(p, args.band, rows.first, columns.first);
+        if (seen == Sight::some) clear_unseen<kKeys>(p, band, rows.first, columns.first);
         to_operands<T>(operands, p);
         accumulate(of_x, operands, reader, x);
       }
@@ -456,11 +496,21 @@ __global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
     if (wants_y) round(of_y, owned_y, 1.f);
   }
   __syncthreads();
+  const Block& to = block.again();
   if (wants_x)
     store_rows<kTile.owned, kSize, Plan::kThreads>(
-        owned(kKeys ? args.dkey : args.dquery, args.size), owned_x, block.first);
+        to.template owned<T>(kKeys ? args.dkey : args.dquery, args.size), owned_x, to.first);
   if (wants_y)
-    store_rows<kTile.owned, kSize, Plan::kThreads>(owned(args.dvalue, args.value_size), owned_y, block.first);
+    store_rows<kTile.owned, kSize, Plan::kThreads>(
+        to.template owned<T>(args.dvalue, args.value_size), owned_y, to.first);
+}
+
+template <class T, int kSize, Gradient kOf, bool kSoftcap>
+__global__ void __launch_bounds__(GradientPlan<kSize, kOf>::kThreads)
+    attention_gradients(const AttentionGradientArgs args) {
+  using Plan = GradientPlan<kSize, kOf>;
+  const DenseGradient<Plan> block(args);
+  sum_gradients<T, Plan, kSoftcap>(block);
 }
 
 }  // namespace pykern

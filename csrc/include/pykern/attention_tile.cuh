@@ -98,8 +98,11 @@ struct TileChunks {
 
 // Begins to copy a head's rows, kRows after kRows from `first` on, to tiles; zeros where there is no row or column.
 // What a thread keeps between tiles is a pointer and a count. The threads commit.
+template <class Rows, int kRows, int kCols, int kThreads>
+class TileLoader;
+
 template <class T, int kRows, int kCols, int kThreads>
-class TileLoader {
+class TileLoader<HeadRows<T>, kRows, kCols, kThreads> {
  public:
   __device__ __forceinline__ TileLoader(const HeadRows<T>& from, int first)
       : source_(from.data + static_cast<int64_t>(first + own_.row) * from.stride + own_.col),
@@ -125,7 +128,7 @@ class TileLoader {
 // One tile, of rows [first, first + kRows).
 template <int kRows, int kCols, int kThreads, class T>
 __device__ __forceinline__ void load_rows(T* tile, const HeadRows<T>& from, int first) {
-  TileLoader<T, kRows, kCols, kThreads>(from, first).load(tile);
+  TileLoader<HeadRows<T>, kRows, kCols, kThreads>(from, first).load(tile);
 }
 
 // The other way, at once: those rows and columns of the tile that exist.
@@ -138,6 +141,17 @@ __device__ __forceinline__ void store_rows(const HeadRows<T>& to, const T* tile,
 #pragma unroll
   for (int step = 0; step < kRows; step += Chunks::kStep, target += Chunks::kStep * to.stride)
     if (step < rows) store_pack(target, load_pack<8>(tile + own.at(step)));
+}
+
+// Zeros in rows [first, first + kRows) of those that exist.
+template <int kRows, int kCols, int kThreads, class T>
+__device__ __forceinline__ void clear_rows(const HeadRows<T>& to, int first) {
+  using Chunks = TileChunks<T, kRows, kCols, kThreads>;
+  const Chunks own;
+  if (own.col >= to.size) return;
+#pragma unroll 1
+  for (int row = first + own.row; row < min(first + kRows, to.rows); row += Chunks::kStep)
+    store_pack(to.data + row * to.stride + own.col, Pack<T, 8>{});
 }
 
 // Shared memory to registers and back.
