@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pykern.ops.linear_4bit import dequantize_4bit
+from pykern.ops.dequantize_4bit import dequantize_4bit
 from pykern.ops.lora import lora_linear
 from pykern.ops.multi_lora import multi_lora_linear
-from pykern.ops.quant import quantize_4bit
+from pykern.ops.quantize_4bit import quantize_4bit
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64, grad: bool = True, scale: float = 1.0) -> Tensor:

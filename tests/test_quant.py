@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykern.ops._weight4bit import BLOCK_SIZES, DYNAMIC_MAP, FP4, NF4, Weight4bit
-from pykern.ops.linear_4bit import dequantize_4bit, linear_4bit
-from pykern.ops.quant import quantize_4bit
+from pykern.ops.dequantize_4bit import dequantize_4bit
+from pykern.ops.linear_4bit import linear_4bit
+from pykern.ops.quantize_4bit import quantize_4bit
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NF4_BITS = (

@@ -11,6 +11,7 @@ flattened weight is in the high nibble of byte i, element 2i + 1 in the low one.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,3 +175,13 @@ def check_weight(
         ]
     for name, tensor, dtypes, wanted in expected:
         check_like(f"weight.{name}", tensor, codes, wanted, dtypes)
+
+
+def weight_bytes(weight: Sequence[Any]) -> int:
+    """What reading a 4-bit weight moves; its code tables are small enough to stay in registers."""
+    return sum(t.numel() * t.element_size() for t in weight[:2] + weight[2:3] + weight[6:7] if t is not None)
+
+
+def require_weight(weight: object) -> None:
+    if not isinstance(weight, Weight4bit):
+        raise TypeError(f"weight: expected a Weight4bit, from quantize_4bit, got {type(weight).__name__}")

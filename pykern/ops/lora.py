@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
-from pykern.ops.linear_4bit import check_linear_4bit, dequantize_4bit, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode, weight_bytes
+from pykern.ops.dequantize_4bit import dequantize_4bit
+from pykern.ops.linear_4bit import check_linear_4bit
 from pykern.ops.lora_samples import (
     bad_dora_norm,
     bad_lora,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import Sample
-from pykern.ops.linear_4bit import bad_weights, format_weights
-from pykern.ops.quant import quantize_4bit
+from pykern.ops.quantize_4bit import quantize_4bit
+from pykern.ops.weight4bit_samples import bad_weights, format_weights
 
 
 def _rng(make: Any) -> Tensor:

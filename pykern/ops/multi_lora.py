@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykern.ops._spec import define, define_backward
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
-from pykern.ops.linear_4bit import check_linear_4bit, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode, weight_bytes
+from pykern.ops.linear_4bit import check_linear_4bit
 from pykern.ops.lora import check_adapter, check_base, decode_wide, lora_cost, low_rank, widened
 from pykern.ops.lora_samples import bad_multi, bad_multi_4bit, multi_samples, multi_samples_4bit
 from pykern.ops.norm import check_like

@@ -138,6 +138,7 @@ def render(text: str) -> str:
         "attention_decode": lambda: feature_table("attention_decode", decode_features),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),
+        "attention_packed_speed": lambda: speed_table(RESULTS / "cpu-attention-packed.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
         "attention_traffic": lambda: traffic_table(RESULTS / "traffic-attention.json"),
         "ledger": lambda: ledger_table(sorted((ROOT / "benchmarks" / "ledger").glob("*.json"))),

@@ -11,14 +11,11 @@ backends differ from one another:
   that are no multiple of the block size but one of 16 get wrong scales).
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._spec import Sample, define
+from pykern.ops._spec import define
 from pykern.ops._weight4bit import (
     BLOCK_SIZES,
     DYNAMIC_MAP,
@@ -26,6 +23,14 @@ from pykern.ops._weight4bit import (
     NESTED_BLOCK,
     TABLES,
     Weight4bit,
+)
+from pykern.ops.quantize_4bit_samples import (
+    bad_quantize_4bit,
+    bad_quantize_absmax,
+    bad_quantize_int4,
+    quantize_4bit_samples,
+    quantize_absmax_samples,
+    quantize_int4_samples,
 )
 
 _SMALLEST = 1e-38  # below this a scale has no finite inverse
@@ -134,70 +139,14 @@ def _fake_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(absmax, dtype=torch.uint8), absmax.new_empty(blocks), absmax.new_empty(())
 
 
-def _quantize_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        yield Sample("nf4 4096x14336", (make(4096, 14336, grad=False), "nf4", 64))
-        return
-    for quant_type in TABLES:
-        yield Sample(f"{quant_type} 8x128", (make(8, 128, grad=False), quant_type, 64))
-        yield Sample(f"{quant_type} straddling", (make(7, 48, grad=False), quant_type, 32))
-        yield Sample(f"{quant_type} short block, odd", (make(3, 5, 7, grad=False), quant_type, 64))
-        yield Sample(f"{quant_type} empty", (make(0, 7, grad=False), quant_type, 64))
-        yield Sample(f"{quant_type} strided", (make(64, 6, grad=False).t(), quant_type, 32))
-        yield Sample(f"{quant_type} zeros", (make(2, 40, grad=False) * 0, quant_type, 64))
-    if kind == "full":
-        for blocksize in BLOCK_SIZES:
-            yield Sample(f"nf4 block {blocksize}", (make(111, 173, grad=False), "nf4", blocksize))
-
-
-def _quantize_int4_samples(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        yield Sample("4096x14336 groups of 128", (make(4096, 14336, grad=False), 128, False, torch.bfloat16))
-        return
-    for name, symmetric in (("symmetric", True), ("asymmetric", False)):
-        yield Sample(f"{name} 8x128", (make(8, 128, grad=False), 64, symmetric, make.dtype))
-        yield Sample(f"{name} short group", (make(5, 47, grad=False) + 1, 32, symmetric, torch.float32))
-        yield Sample(f"{name} experts", (make(2, 3, 32, grad=False), 16, symmetric, torch.float16))
-        yield Sample(f"{name} zeros", (make(2, 40, grad=False) * 0, 32, symmetric, torch.float32))
-        yield Sample(f"{name} empty", (make(0, 32, grad=False), 32, symmetric, torch.float32))
-
-
-def _quantize_absmax_samples(kind: str, make: Any) -> Iterator[Sample]:
-    sizes = (917504,) if kind == "bench" else (1, 256, 300, 0) if kind == "smoke" else (1, 256, 300, 0, 65537)
-    for size in sizes:
-        yield Sample(f"{size} blocks", (make(size, dtype=torch.float32, grad=False).abs(),))
-
-
-def _quantize_4bit_bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    weight = make(4, 64)
-    yield "integers", (weight.long(), "nf4", 64), TypeError, "weight: expected a floating dtype, got torch.int64"
-    yield "scalar", (make(), "nf4", 64), ValueError, "weight: expected at least one dimension"
-    yield "type", (weight, "nf5", 64), ValueError, "quant_type: expected one of nf4, fp4, got 'nf5'"
-    yield "block size", (weight, "nf4", 48), ValueError, "blocksize: expected one of 32, .*, got 48"
-
-
-def _quantize_int4_bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    yield (
-        "block size",
-        (make(4, 64), 0, True, torch.float32),
-        ValueError,
-        "blocksize: expected a positive number, got 0",
-    )
-    yield "scales", (make(4, 64), 32, True, torch.int8), ValueError, "scale_dtype: expected a floating dtype"
-
-
-def _quantize_absmax_bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    yield "rank", (make(4, 64, dtype=torch.float32),), ValueError, r"absmax: expected shape \(blocks,\), got \(4, 64\)"
-
-
 _quantize_4bit = define(
     "pykern::quantize_4bit(Tensor weight, str quant_type, int blocksize, *, str? backend=None)"
     " -> (Tensor codes, Tensor absmax)",
     reference=quantize_4bit_reference,
     check=_check_quantize_4bit,
     fake=_fake_quantize_4bit,
-    samples=_quantize_4bit_samples,
-    bad=_quantize_4bit_bad,
+    samples=quantize_4bit_samples,
+    bad=bad_quantize_4bit,
     cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
 )
 
@@ -207,8 +156,8 @@ _quantize_absmax = define(
     reference=quantize_absmax_reference,
     check=_check_quantize_absmax,
     fake=_fake_quantize_absmax,
-    samples=_quantize_absmax_samples,
-    bad=_quantize_absmax_bad,
+    samples=quantize_absmax_samples,
+    bad=bad_quantize_absmax,
     cost=lambda absmax: (8.0 * absmax.numel(), 5.0 * absmax.numel()),
 )
 
@@ -218,8 +167,8 @@ _quantize_int4 = define(
     reference=quantize_int4_reference,
     check=_check_quantize_int4,
     fake=_fake_quantize_int4,
-    samples=_quantize_int4_samples,
-    bad=_quantize_int4_bad,
+    samples=quantize_int4_samples,
+    bad=bad_quantize_int4,
     cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
 )
 
