@@ -13,6 +13,10 @@ extern "C" __attribute__((visibility("default"))) void pykern_poison_memory(bool
 #define PYKERN_NAMESPACE pykern_native
 #endif
 #define PYKERN_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+// A 4-bit weight, as pykern.ops._weight4bit.SCHEMA has it.
+#define PYKERN_WEIGHT_4BIT                                                                                   \
+  "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, Tensor? code," \
+  " Tensor? zero_points, int[] shape, int blocksize"
 
 PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -62,4 +66,13 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
       "attention_decode(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor? block_table,"
       " Tensor? alibi_slopes, Tensor? sinks, float scale, int? window_left, float? softcap)"
       " -> (Tensor out, Tensor lse)");
+  m.def("quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor codes, Tensor absmax)");
+  m.def(
+      "quantize_int4(Tensor weight, int blocksize, bool symmetric, ScalarType scale_dtype)"
+      " -> (Tensor codes, Tensor scales, Tensor zero_points)");
+  m.def("dequantize_4bit(" PYKERN_WEIGHT_4BIT ", ScalarType dtype) -> Tensor weight");
+  m.def("linear_4bit(Tensor input, " PYKERN_WEIGHT_4BIT ", Tensor? bias) -> Tensor y");
+  m.def(
+      "linear_4bit_backward(Tensor? dy, Tensor input, " PYKERN_WEIGHT_4BIT ", Tensor? bias, bool[2] output_mask)"
+      " -> (Tensor dinput, Tensor dbias)");
 }

@@ -43,19 +43,27 @@ inline bool poison_memory = false;
 
 // A contiguous tensor with uninitialised contents. The general empty() of the stable interface boxes six optional
 // arguments, which costs more than a small kernel.
-inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_device_type_cpu(), int32_t index = 0) {
+inline Tensor empty_of(Sizes sizes, int32_t dtype, int32_t device_type, int32_t index) {
   std::array<int64_t, 64> strides;
   STD_TORCH_CHECK(sizes.size() <= strides.size(), "at most 64 dimensions are supported");
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), torch_code(dtype), device_type, index, &handle));
+      sizes.size(), sizes.data(), strides.data(), dtype, device_type, index, &handle));
   Tensor out(handle);
   // All bits set are NaN in every float type.
   if (poison_memory && device_type == aoti_torch_device_type_cpu() && out.numel() > 0)
     std::memset(out.data_ptr(), 0xff, out.numel() * out.element_size());
   return out;
+}
+
+inline Tensor empty(Sizes sizes, DType dtype, int32_t device_type = aoti_torch_device_type_cpu(), int32_t index = 0) {
+  return empty_of(sizes, torch_code(dtype), device_type, index);
+}
+
+inline Tensor empty_bytes(Sizes sizes, int32_t device_type = aoti_torch_device_type_cpu(), int32_t index = 0) {
+  return empty_of(sizes, aoti_torch_dtype_uint8(), device_type, index);
 }
 
 // The rows of a tensor, read in place where the last dimension is contiguous and the others fold into few; else the

@@ -284,3 +284,20 @@ def test_compiles_with_a_weight_built_on_call() -> None:
     (expected_dx,) = torch.autograd.grad(expected.square().sum(), x)
     assert torch.equal(dx, expected_dx)
     torch._dynamo.reset()
+
+
+def test_the_input_of_a_frozen_layer_is_not_kept_for_its_backward() -> None:
+    weight, x = quantize_4bit(normal(24, 64)), normal(512, 64, seed=1).requires_grad_()
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = linear_4bit(x, weight)
+    assert sum(kept) < weight.codes.nbytes + weight.absmax.nbytes + 256 < x.nbytes
+    dy = normal(512, 24, seed=2)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = dy.double() @ dequantize_4bit(weight, torch.float64)
+    assert (dx - exact).norm() <= 1e-6 * exact.norm()

@@ -40,6 +40,7 @@ class Device {
   ~Device();
 
   Tensor empty(Sizes sizes, DType dtype) const;
+  Tensor empty_bytes(Sizes sizes) const;
 
   // The pointer through which kernels read a tensor, and the one through which they write one that empty() made. The
   // emulator lets kernels touch nothing else; the name is for its messages.
@@ -83,6 +84,10 @@ inline Device::~Device() = default;
 
 inline Tensor Device::empty(Sizes sizes, DType dtype) const {
   return pykern::empty(sizes, dtype, aoti_torch_device_type_cuda(), index_);
+}
+
+inline Tensor Device::empty_bytes(Sizes sizes) const {
+  return pykern::empty_bytes(sizes, aoti_torch_device_type_cuda(), index_);
 }
 
 inline const void* Device::in(const Tensor& tensor, const char*) const { return tensor.data_ptr(); }
@@ -137,6 +142,11 @@ inline Device::~Device() { emulator::session_end(); }
 inline Tensor Device::empty(Sizes sizes, DType dtype) const {
   poison_memory = true;
   return pykern::empty(sizes, dtype);
+}
+
+inline Tensor Device::empty_bytes(Sizes sizes) const {
+  poison_memory = true;
+  return pykern::empty_bytes(sizes);
 }
 
 inline void add_region(const Tensor& tensor, bool writable, const char* name) {

@@ -53,6 +53,11 @@ def vjp(
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
+def _stand_in(x: torch.Tensor) -> torch.Tensor:
+    """A tensor that differs from x in its contents alone, and has no memory to speak of."""
+    return x.detach().new_empty(()).expand(x.shape)
+
+
 class above_autograd:
     """Lets a kernel, which runs below autograd, record a graph of its own."""
 
@@ -69,8 +74,9 @@ class above_autograd:
 class BackwardSpec(OpSpec):
     """A backward op. Its reference is the vjp of its `primal`, its fake gives gradients like what they belong to."""
 
-    def __init__(self, schema: str, **parts: Any) -> None:
+    def __init__(self, schema: str, unread: Sequence[str] = (), **parts: Any) -> None:
         super().__init__(schema, self._reference, parts.pop("fake", self._fake_gradients), **parts)
+        self.unread = unread
         is_gradient = [a.type == "Optional[Tensor]" and a.name[0] == "d" for a in self.arguments]
         self.incoming = is_gradient.index(False)  # how many leading arguments are gradients of the forward's outputs
         self.primal: Callable[..., Any] | None = None
@@ -123,6 +129,8 @@ class Gradient:
     def _make_pickers(self, arguments: int) -> None:
         """What moves between the argument lists, prepared: it runs at every call."""
         places = [(tensor, i + arguments * out) for tensor, out, i in self.saved]  # among arguments, then outputs
+        names = [a.name for a in self.op.arguments[self.op.incoming : -1]]
+        self._unread = [places[names.index(name)][1] for name in self.op.unread]
         tensors = [n for n, (tensor, _) in enumerate(places) if tensor]
         scalars = [n for n, (tensor, _) in enumerate(places) if not tensor]
         self._tensors = picker([places[n][1] for n in tensors])
@@ -146,7 +154,9 @@ class Gradient:
 
     def save(self, ctx: Any, args: Sequence[Any], result: Any, backend: str | None) -> None:
         outputs = result if isinstance(result, tuple) else (result,)
-        values = (*args, *outputs)
+        values = [*args, *outputs]
+        for i in self._unread:
+            values[i] = _stand_in(values[i])
         ctx.save_for_backward(*self._tensors(values))
         ctx.scalars = self._scalars(values)
         ctx.backend = backend

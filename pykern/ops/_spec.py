@@ -62,6 +62,7 @@ def define_backward(
     *,
     primal: Callable[..., Any] | None = None,
     wrt: Sequence[str] = (),
+    unread: Sequence[str] = (),
     **parts: Any,
 ) -> BackwardSpec:
     """Declares the backward op that a later `define(…, backward=…)` takes.
@@ -73,10 +74,12 @@ def define_backward(
     Args:
         primal: the function of the arguments between gradients and mask that is differentiated; the forward's
             reference by default, and then every forward argument must be among them.
+        unread: tensors among the arguments of which it needs shape, dtype and device alone, never the values: stand-ins
+            without memory are saved for them.
         wrt: the arguments of `primal` that the returns belong to, by default those the returns are named after.
         parts: `check`, `fake`, `backends`, `supports`, `cost`, `tolerance`, `traffic` as for `define`.
     """
-    spec = BackwardSpec(schema, **parts)
+    spec = BackwardSpec(schema, unread, **parts)
     if primal is not None:
         spec.differentiate(primal, wrt, range(spec.incoming))
     _register(spec)

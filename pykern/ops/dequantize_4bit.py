@@ -10,6 +10,7 @@ from torch import Tensor
 from pykern.ops._spec import Sample, define
 from pykern.ops._weight4bit import SCHEMA, Weight4bit, check_weight, decode, require_weight, weight_bytes
 from pykern.ops.quantize_4bit import quantize_4bit
+from pykern.ops.weight4bit_backends import DEQUANTIZE, DEQUANTIZE_LACKS
 from pykern.ops.weight4bit_samples import bad_weights, sample_weights
 
 
@@ -42,6 +43,8 @@ _dequantize_4bit = define(
     reference=decode,
     check=_check_dequantize,
     fake=lambda codes, *rest: codes.new_empty(rest[-3], dtype=rest[-1]),
+    backends=DEQUANTIZE,
+    supports=DEQUANTIZE_LACKS,
     samples=_dequantize_4bit_samples,
     bad=_dequantize_4bit_bad,
     cost=_dequantize_cost,

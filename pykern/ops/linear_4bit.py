@@ -11,6 +11,7 @@ from pykern.ops._spec import Sample, define, define_backward
 from pykern.ops._weight4bit import SCHEMA, Weight4bit, check_weight, decode, require_weight, weight_bytes
 from pykern.ops.norm import check_like
 from pykern.ops.quantize_4bit import quantize_4bit
+from pykern.ops.weight4bit_backends import LINEAR, LINEAR_BACKWARD, LINEAR_BACKWARD_LACKS, LINEAR_LACKS
 from pykern.ops.weight4bit_samples import bad_weights, sample_weights
 
 
@@ -81,7 +82,10 @@ _linear_4bit_backward = define_backward(
         check_linear_4bit(input, rest[:9], rest[9]),
         check_like("dy", dy, input, (*input.shape[:-1], rest[7][0]), (input.dtype,)),
     ),
+    backends=LINEAR_BACKWARD,
+    supports=LINEAR_BACKWARD_LACKS,
     cost=lambda dy, input, *rest: linear_4bit_cost(input, rest[:9]),
+    unread=("input",),
 )
 
 _linear_4bit = define(
@@ -91,6 +95,8 @@ _linear_4bit = define(
     fake=lambda input, *rest: fake_linear_4bit(input, rest[:-1]),
     backward=_linear_4bit_backward,
     autocast=dict.fromkeys(("input", "bias"), "lower"),
+    backends=LINEAR,
+    supports=LINEAR_LACKS,
     samples=_linear_4bit_samples,
     bad=_linear_4bit_bad,
     cost=lambda input, *rest: linear_4bit_cost(input, rest[:-1]),

@@ -32,6 +32,7 @@ from pykern.ops.quantize_4bit_samples import (
     quantize_absmax_samples,
     quantize_int4_samples,
 )
+from pykern.ops.weight4bit_backends import QUANTIZE, QUANTIZE_INT4, QUANTIZE_INT4_LACKS, QUANTIZE_LACKS
 
 _SMALLEST = 1e-38  # below this a scale has no finite inverse
 
@@ -145,6 +146,8 @@ _quantize_4bit = define(
     reference=quantize_4bit_reference,
     check=_check_quantize_4bit,
     fake=_fake_quantize_4bit,
+    backends=QUANTIZE,
+    supports=QUANTIZE_LACKS,
     samples=quantize_4bit_samples,
     bad=bad_quantize_4bit,
     cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
@@ -167,6 +170,8 @@ _quantize_int4 = define(
     reference=quantize_int4_reference,
     check=_check_quantize_int4,
     fake=_fake_quantize_int4,
+    backends=QUANTIZE_INT4,
+    supports=QUANTIZE_INT4_LACKS,
     samples=quantize_int4_samples,
     bad=bad_quantize_int4,
     cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
