@@ -54,7 +54,19 @@ _FORWARD = {
     "plain": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 3)},
     "small": {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 16, 8, 3)},
     # Each row of keys has an address of its own.
-    "pages": {64: Config(128, 64, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(64, 16, 8, 3)},
+    "packed, pages": {
+        32: Config(64, 64, 4, 3),
+        64: Config(128, 64, 8, 3),
+        128: Config(64, 32, 8, 3),
+        256: Config(64, 16, 8, 3),
+    },
+    "packed, fp32": {32: Config(64, 32, 8, 3), 64: Config(64, 16, 8, 3), 256: Config(32, 16, 4, 3)},
+    "packed, plain": {
+        64: Config(128, 64, 8, 3),
+        120: Config(64, 32, 8, 3),  # less than a tile's columns: a comparison each
+        128: Config(128, 32, 8, 3),
+        256: Config(64, 32, 8, 3),
+    },
     # Two warp groups of 64 queries each, whose accumulators fill the registers.
     "plain, descriptors": {
         64: Config(128, 128, 8, 3, descriptors=True),

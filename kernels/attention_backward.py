@@ -32,6 +32,18 @@ _DKDV = {
         128: Config(64, 64, 8, 2),
         256: Config(32, 32, 8, 2),
     },
+    "packed, fp32": {
+        32: Config(16, 16, 8, 1),
+        64: Config(16, 32, 8, 1),
+        128: Config(16, 16, 4, 1),
+        256: Config(16, 16, 8, 1),
+    },
+    "packed, plain": {
+        32: Config(64, 128, 8, 2),
+        56: Config(32, 64, 8, 2),
+        128: Config(64, 64, 8, 2),
+        256: Config(32, 32, 8, 2),
+    },
     "features": {256: Config(32, 32, 8, 2)},
     "plain, descriptors": {
         64: Config(64, 128, 8, 2, descriptors=True),
@@ -46,6 +58,7 @@ _DKDV = {
     },
 }
 _DQ = {
+    "packed, fp32": {64: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "fp32": {64: Config(32, 32, 8, 1), 128: Config(16, 16, 16, 1), 256: Config(16, 16, 8, 1)},
     "plain": {
         64: Config(128, 64, 8, 2),

@@ -207,6 +207,7 @@ class Operands:
         self.dtype, self.device, self.whole_size = query.dtype, query.device, query.shape[-1]
         self.size, self.value_size = (self.tensors[name].shape[-1] for name in ("key", "value"))
         self.columns, self.value_columns = block_size(self.size), block_size(self.value_size)
+        self.packed = False  # whether sequences begin at any row, which takes a few registers
         self.paged = False  # whether keys are found row by row
         self.describable = all(x is None or _describable(x) for x in self.tensors.values())
 
@@ -247,7 +248,8 @@ def choose(
     Args:
         tables: configurations up to a size of heads, by what they are for: "fp32", or else "plain" or "features", each
             also with descriptors, or "small" shared memory. Without "small" the "features" serve, and then "plain".
-            "pages" are for those where no accelerator relieves the registers.
+            "pages" are for those where no accelerator relieves the registers. For packed sequences a table "packed, …"
+            comes before the others.
         interpreted: for the interpreter: small, so that short tests cross several blocks.
         features: whether a score is more than a product, and its tile takes more registers.
         dropout: whether that is among them and the largest heads leave it no tiles as wide as a warp group's.
@@ -267,6 +269,8 @@ def choose(
         small = not _roomy(device) or (accelerated and features)
         names = [*["small"] * small, *["features"] * (small or features), "plain"]
         names = ["pages", *names] if operands.paged and not accelerated else names
+    if operands.packed:
+        names = [*(f"packed, {name}" for name in names), *names]
     table = next(tables[name] for name in names if name in tables)
     return next(config for limit, config in table.items() if size <= limit)
 

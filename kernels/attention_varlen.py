@@ -100,6 +100,7 @@ def attention_varlen(*args: Any) -> tuple[Tensor, Tensor]:
         query, scale = -query, -scale
     key, value = _pages(call)
     operands = Operands(query.unsqueeze(0), key, value)
+    operands.packed = True
     if call.block_table is not None:
         operands.paged, operands.describable = True, False  # a tile has rows of many pages
     run_forward(out, lse, call.sinks, operands, _scores(call, scale, LOG2E.value), batch, **_sequences(call, key))
@@ -120,6 +121,7 @@ def attention_varlen_backward(dout: Tensor | None, dlse: Tensor | None, *args: A
         return tuple(None if x is None else x.zero_() for x in gradients)
     query, (key, value) = call.query.unsqueeze(0), _pages(call)
     operands = Operands(query, key, value, dout=None if dout is None else dout.unsqueeze(0))
+    operands.packed = True
     exact = is_exact(gradients, query, _band(call), _longest(call)[1])
     run_backward(
         (*gradients[:3], None, *gradients[3:]),

@@ -29,18 +29,22 @@ class Record:
     mode: str
     contestant: str
     seconds: float
-    speedup: float | None  # torch's time over ours in the same rounds; low and high bound the median
+    speedup: float | None  # torch's time over this one's in the same rounds; low and high bound the median
     low: float | None
     high: float | None
     over_floor: float | None
     peak_bytes: int
     host_seconds: float
+    over: dict[str, tuple[float, float, float]]  # the same of each other peer: median, low, high
 
 
-def contestants(spec: OpSpec, args: Sequence[Any], device: str) -> dict[str, Callable[..., Any]]:
+def contestants(
+    spec: OpSpec, args: Sequence[Any], device: str, peers: dict[str, Callable[..., Any]]
+) -> dict[str, Callable[..., Any]]:
     """What serves this call: our backends, the reference, and the peers that cover it."""
     found = {name: forced(spec, name) for name in served_by(spec, args, device)}
-    for name, peer in spec.peers.items():
+    for name, peer in peers.items():
+        peer = peer.prepare(*args) if hasattr(peer, "prepare") else peer
         if peer(*map_tensors(lambda t: t.detach(), args)) is not None:
             found[name] = peer
     return found
@@ -57,10 +61,14 @@ def served_by(spec: OpSpec, args: Sequence[Any], device: str) -> list[str]:
     return [*fast, "reference"]
 
 
+def _as_timed(args: Sequence[Any], mode: str) -> Sequence[Any]:
+    return map_tensors(lambda t: t.detach(), args) if mode == "forward" else args
+
+
 def launch(fn: Callable[..., Any], args: Sequence[Any], mode: str) -> Callable[[], Any]:
     """A call to time; the backward gets the same incoming gradients every time."""
     if mode == "forward":
-        frozen = map_tensors(lambda t: t.detach(), args)
+        frozen = _as_timed(args, mode)
         return lambda: fn(*frozen)
     leaves = fresh(args)
     wanted = [leaves[i] for i in differentiable(leaves)]
@@ -89,13 +97,20 @@ def verdict(spec: OpSpec, name: str, sample: Sample, dtype: torch.dtype) -> str 
 
 
 def run(
-    spec: OpSpec, sample: Sample, mode: str, device: str, dtype: torch.dtype, budget: float, host_calls: int = 2000
+    spec: OpSpec,
+    sample: Sample,
+    mode: str,
+    device: str,
+    dtype: torch.dtype,
+    budget: float,
+    peers: dict[str, Callable[..., Any]],
+    host_calls: int = 2000,
 ) -> Iterator[Record | tuple[str, str]]:
     """Records of one sample; for a contestant whose result is wrong, its name and the reason instead."""
     place = torch.device(device)
     runners = {}
-    for name, fn in contestants(spec, sample.args, device).items():
-        fault = None if name in spec.peers else verdict(spec, name, sample, dtype)
+    for name, fn in contestants(spec, _as_timed(sample.args, mode), device, peers).items():
+        fault = None if name in peers else verdict(spec, name, sample, dtype)
         if fault is not None:
             yield name, fault
             continue
@@ -103,11 +118,11 @@ def run(
     times = timing.interleaved(runners, place, budget)
     floor = floor_seconds(spec, sample.args, mode, dtype, place)
     tiny = next((s for s in samples(spec, "smoke", device, dtype) if s.args), sample)
-    tiny_contestants = contestants(spec, tiny.args, device)
+    tiny_contestants = contestants(spec, _as_timed(tiny.args, mode), device, peers)
     for name, measured in times.items():
         median = statistics.median(measured)
-        against = timing.ratio(times["torch"], measured) if "torch" in times else None
-        host = name in tiny_contestants
+        over = {peer: timing.ratio(times[peer], measured) for peer in peers if peer in times and peer != name}
+        against = timing.ratio(measured, measured) if name == "torch" else over.pop("torch", None)
         yield Record(
             op=spec.basename,
             sample=sample.name,
@@ -120,19 +135,31 @@ def run(
             high=against and against.high,
             over_floor=floor and median / floor,
             peak_bytes=timing.peak_memory(runners[name], place),
-            host_seconds=_host_seconds(spec, name, tiny.args, mode, dtype, host_calls) if host else float("nan"),
+            host_seconds=_host_seconds(spec, name, tiny_contestants.get(name), tiny.args, mode, dtype, host_calls),
+            over={peer: (r.median, r.low, r.high) for peer, r in over.items()},
         )
 
 
 _on_host: dict[tuple[Any, ...], float] = {}
 
 
-def _host_seconds(spec: OpSpec, name: str, args: Sequence[Any], mode: str, dtype: torch.dtype, calls: int) -> float:
+def _host_seconds(
+    spec: OpSpec,
+    name: str,
+    contestant: Callable[..., Any] | None,
+    args: Sequence[Any],
+    mode: str,
+    dtype: torch.dtype,
+    calls: int,
+) -> float:
     """Measured once: it is the same tiny call, whichever sample it is reported with."""
+    if contestant is None:
+        return float("nan")
     key = (spec.name, name, mode, dtype, next((a.device for a in args if isinstance(a, torch.Tensor)), None))
     if key not in _on_host:
-        fn = launch(spec.peers.get(name, spec), args, mode)
-        with backend(None if name in spec.peers else name):  # around the timing, not in it
+        ours = name in spec.backends or name == "reference"
+        fn = launch(spec if ours else contestant, args, mode)
+        with backend(name if ours else None):  # around the timing, not in it
             _on_host[key] = timing.host_seconds(fn, calls)
     return _on_host[key]
 

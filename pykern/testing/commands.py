@@ -118,6 +118,7 @@ def bench(
         out: a JSON file for the results.
     """
     from pykern.testing import bench as engine
+    from pykern.testing import peers as peer_libraries
     from pykern.testing import timing
     from pykern.testing.inputs import samples
 
@@ -129,13 +130,14 @@ def bench(
     console, records, code = Console(), [], 0
     for name in resolve(targets):
         spec = pykern.catalogue()[name]
+        peers = peer_libraries.peers(spec)
         for dtype in (getattr(torch, d) for d in dtypes):
             for sample in samples(spec, "bench", device, dtype):
                 for mode in engine.modes(sample.args):
                     table = Table(title=f"{name} · {sample.name} · {str(dtype)[6:]} · {mode}", title_justify="left")
                     for column in ("", "time", "× torch", "95 %", "× floor", "peak MiB", "host µs"):
                         table.add_column(column, justify="left" if not column else "right")
-                    for record in engine.run(spec, sample, mode, device, dtype, budget):
+                    for record in engine.run(spec, sample, mode, device, dtype, budget, peers):
                         if isinstance(record, tuple):
                             console.print(f"{name} {record[0]}: wrong, so not timed: {record[1]}", style="red")
                             code = 1

@@ -15,9 +15,9 @@ import pykern
 from pykern import _native, extension
 from pykern.ops._op import OpSpec
 from pykern.testing import bench, checks, timing
+from pykern.testing import peers as peer_libraries
 from pykern.testing.cases import DTYPES, backends
 from pykern.testing.gpu import golden
-from pykern.testing.gpu import peers as peer_libraries
 from pykern.testing.gpu.child import Config, Unit
 from pykern.testing.gpu.paths import ROOT
 from pykern.testing.inputs import Make, differentiable, fresh
@@ -119,20 +119,20 @@ def benchmarks(config: Config) -> Iterator[Unit]:
     def unit(name: str, index: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
         spec = pykern.catalogue()[name]
         sample = _bench_samples(spec, config, dtype, config.seed)[index]
-        declared, refused = spec.peers, {}
-        spec.peers = peer_libraries.peers(spec, "eager" if config.dry else "inductor")
-        try:
-            for peer in list(spec.peers):
-                problem = peer_libraries.fault(spec, spec.peers[peer], sample.args)
-                if problem is not None:
-                    refused[peer] = problem
-                    del spec.peers[peer]
-            found = list(bench.run(spec, sample, mode, config.device, dtype, budget, host_calls))
-        finally:
-            peers, spec.peers = list(spec.peers), declared
+        peers = peer_libraries.peers(spec, "eager" if config.dry else "inductor")
+        refused = {name: peer_libraries.fault(spec, peer, sample.args) for name, peer in peers.items()}
+        refused = {name: problem for name, problem in refused.items() if problem is not None}
+        peers = {name: peer for name, peer in peers.items() if name not in refused}
+        found = list(bench.run(spec, sample, mode, config.device, dtype, budget, peers, host_calls))
         wrong = [f"{who}: {why}" for who, why in (r for r in found if isinstance(r, tuple))]
         records = [asdict(record) for record in found if not isinstance(record, tuple)]
-        result = {"ok": not wrong, "records": records, "peers": peers, "refused_peers": refused, "failures": wrong}
+        result = {
+            "ok": not wrong,
+            "records": records,
+            "peers": list(peers),
+            "refused_peers": refused,
+            "failures": wrong,
+        }
         return result | ({"error": "a wrong result is not timed"} if wrong else {})
 
     yield "ceilings", ceilings

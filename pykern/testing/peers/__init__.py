@@ -1,7 +1,8 @@
 """What an op is compared with beyond stock torch: torch.compile, and other libraries where they are installed.
 
 A peer takes the op's arguments, returns what the op returns first (and None for a call that it does not cover), and is
-timed only if that is right.
+timed only if that is right. What it does once a weight, its `prepare`, is not timed: from the arguments it makes the
+function of them that is.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import OpSpec
-from pykern.testing.gpu.attention_peers import flex, sdpa
 from pykern.testing.inputs import as_tuple, map_tensors
+from pykern.testing.peers.attention import flex, sdpa
+from pykern.testing.peers.weight4bit import dequantize, float_weight, matmul_4bit, repacked
 
 # The library, and what makes the peer from its module. (x, [residual,] weight, [bias,] eps, …) are the op's arguments.
 _Maker = Callable[[Any], Callable[..., Any]]
@@ -56,6 +58,12 @@ LIBRARIES: dict[str, dict[str, tuple[str, _Maker]]] = {
         "torch cuDNN": ("torch.nn.attention", sdpa("CUDNN_ATTENTION")),
         "torch flex": ("torch.nn.attention.flex_attention", flex),
     },
+    "dequantize_4bit": {"bitsandbytes": ("bitsandbytes", dequantize)},
+    "linear_4bit": {
+        "F.linear": ("torch", float_weight),
+        "bnb.matmul_4bit": ("bitsandbytes", matmul_4bit),
+        "bnb.Linear4bit, repacked": ("bitsandbytes", repacked),
+    },
 }
 
 
@@ -72,10 +80,10 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def peers(spec: OpSpec, compiler: str = "inductor") -> dict[str, Callable[..., Any]]:
-    """The op's peers by name; what it declares itself comes first."""
+def peers(spec: OpSpec, compiler: str | None = None) -> dict[str, Callable[..., Any]]:
+    """The op's peers by name; what it declares itself comes first, and with a compiler, torch.compile of that."""
     found = dict(spec.peers)
-    if "torch" in found:
+    if "torch" in found and compiler is not None:
         found["torch.compile"] = torch.compile(found["torch"], backend=compiler, dynamic=False)
     for name, (module, make) in LIBRARIES.get(spec.basename, {}).items() if spec.namespace == "pykern" else ():
         try:
