@@ -15,7 +15,6 @@ from pykern.extension import Library
 from pykern.ops._spec import define
 from pykern.testing import ledger as ledgers
 from pykern.testing import ledger_cuda, ledger_triton, sass
-from pykern.testing.commands import resolve
 from pykern.testing.ledger import Book, Entry, Findings, compare, ledger, regressions
 from pykern.testing.sass import Cost
 
@@ -318,11 +317,17 @@ def test_bad_targets_are_named(tmp_path: Path) -> None:
             ledger(targets, **options)
 
 
-def test_attentions_kernels_spill_nothing_and_multiply_on_tensor_cores() -> None:
+@pytest.mark.parametrize("family", ["attention", "attention_decode"])
+def test_nothing_spills(family: str) -> None:
     """What is written down; other tests hold the kernels to it."""
-    for part, book in json.loads((ledgers.FOLDER / "attention.json").read_text()).items():
+    for book in json.loads((ledgers.FOLDER / f"{family}.json").read_text()).values():
         for key, entry in book["kernels"].items():
             assert entry["cost"]["spills"] == 0, key
+
+
+def test_attentions_products_are_on_tensor_cores() -> None:
+    for part, book in json.loads((ledgers.FOLDER / "attention.json").read_text()).items():
+        for key, entry in book["kernels"].items():
             sums = part == "cuda" and "attention_statistics" in key
             if sums or any(word in key for word in ("_delta_kernel", "query=*fp32", " E=0 ")):
                 continue  # no products of tiles, products in fp32, heads of nothing
@@ -330,11 +335,22 @@ def test_attentions_kernels_spill_nothing_and_multiply_on_tensor_cores() -> None
             assert wanted in {name.split(".")[0] for name in entry["cost"]["tensor"]}, key
 
 
-def test_pykerns_own_kernels_keep_to_their_ledger(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("op", ["layer_norm", "attention", "attention_varlen", "attention_decode"])
+def test_pykerns_triton_kernels_keep_to_their_ledger(
+    op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What has changed, and some of the others, which change from day to day."""
     _need("triton")
-    names = [name for name in resolve(()) if name in ("layer_norm", "attention")]
-    code = ledger((*names,), backend="triton")
+    monkeypatch.setattr(ledgers, "SAMPLE", 4)
+    code = ledger((op,), backend="triton")
     assert code == 0, capsys.readouterr().out
+
+
+def test_pykerns_cuda_kernels_keep_to_their_ledger(capsys: pytest.CaptureFixture[str]) -> None:
+    _need("nvcc")
+    code = ledger((), backend="cuda")
+    output = capsys.readouterr().out
+    assert code == 0 and "CUDA kernels" in output, output
 
 
 def _need(tool: str) -> None:
