@@ -75,4 +75,11 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def(
       "linear_4bit_backward(Tensor? dy, Tensor input, " PYKERN_WEIGHT_4BIT ", Tensor? bias, bool[2] output_mask)"
       " -> (Tensor dinput, Tensor dbias)");
+  m.def(
+      "moe_route(Tensor logits, Tensor? selection_bias, Tensor? replay_ids, int top_k, str score, bool renormalize,"
+      " int num_groups, int top_groups, str group_score, float scale) -> (Tensor weights, Tensor expert_ids)");
+  m.def(
+      "moe_route_backward(Tensor? dweights, Tensor logits, Tensor expert_ids, str score, bool renormalize, float scale,"
+      " bool[1] output_mask) -> Tensor dlogits");
+  m.def("moe_sort(Tensor expert_ids, int num_experts) -> (Tensor order, Tensor inverse, Tensor offs)");
 }

@@ -4,13 +4,13 @@ Softmax and top-k: Shazeer et al., arXiv:1701.06538, and Mixtral, arXiv:2401.040
 (Wang et al., arXiv:2408.15664) and groups of experts: DeepSeek-V3, arXiv:2412.19437. Replay: arXiv:2510.11370.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykern.ops._spec import Sample, define, define_backward
+from pykern.ops._spec import define, define_backward
+from pykern.ops.moe._backends import ROUTE, ROUTE_BACKWARD, ROUTE_BACKWARD_LACKS, ROUTE_LACKS
 from pykern.ops.moe._common import (
     FLOAT_DTYPES,
     ID_DTYPES,
@@ -22,6 +22,7 @@ from pykern.ops.moe._common import (
     normalized_sigmoid,
     wide_dtype,
 )
+from pykern.ops.moe.route_samples import bad_routes, route_samples
 from pykern.ops.norm import check_like
 
 
@@ -171,68 +172,6 @@ def _torch(
     return weights * scale
 
 
-def _samples(kind: str, make: Any) -> Iterator[Sample]:
-    def softmax(logits: Tensor, top_k: int, renormalize: bool = True) -> tuple[Any, ...]:
-        return logits, None, None, top_k, "softmax", renormalize, 1, 1, "top2", 1.0
-
-    if kind == "bench":
-        yield Sample("mixtral 8192x8 top 2", softmax(make(8192, 8), 2))
-        yield Sample("qwen3 8192x128 top 8", softmax(make(8192, 128), 8))
-        deepseek = (make(256, dtype=torch.float32, grad=False), None, 8, "sigmoid", True, 8, 4, "top2", 2.5)
-        yield Sample("deepseek-v3 4096x256 top 8", (make(4096, 256), *deepseek))
-        return
-    yield Sample("mixtral", softmax(make(9, 8), 2))
-    yield Sample("not renormalized", softmax(make(7, 5), 3, False))
-    yield Sample("one expert", softmax(make(4, 1), 1))
-    yield Sample("every expert", softmax(make(9, 7), 7))
-    yield Sample("one token", softmax(make(1, 61), 8))
-    yield Sample("no tokens", softmax(make(0, 8), 2))
-    yield Sample("elements apart", softmax(make(8, 10).t(), 2))
-    yield Sample("large and tiny", softmax(make(6, 8) * make.tensor([1e3, 1.0, 1e-3, 1.0, 30.0, 0.0]).unsqueeze(-1), 2))
-    yield Sample("ties", softmax(make(5, 6) * make.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0]), 3, False))
-    bias = make(16, dtype=torch.float32, grad=False)
-    yield Sample("softmax with bias", (make(9, 16), bias, None, 4, "softmax", True, 1, 1, "top2", 1.0))
-    yield Sample("sigmoid", (make(9, 8), None, None, 2, "sigmoid", False, 1, 1, "top2", 1.0))
-    yield Sample("sigmoid far below", (make(9, 8) - 300, None, None, 2, "sigmoid", True, 1, 1, "top2", 1.0))
-    yield Sample("deepseek-v3", (make(9, 16), bias, None, 4, "sigmoid", True, 4, 2, "top2", 2.5))
-    yield Sample("deepseek-v2", (make(9, 16), None, None, 3, "softmax", False, 4, 3, "max", 16.0))
-    yield Sample("groups of one", (make(9, 6), None, None, 2, "sigmoid", True, 6, 3, "top2", 1.0))
-    replay = make(9, 3, dtype=torch.int64, low=0, high=16)
-    yield Sample("replay", (make(9, 16), None, replay, 3, "softmax", True, 1, 1, "top2", 1.0))
-    dropped = make(9, 4, dtype=torch.int64, low=-1, high=8)
-    yield Sample("replay with dropped", (make(9, 8), None, dropped, 4, "sigmoid", True, 1, 1, "top2", 1.0))
-    if kind == "full":
-        yield Sample("32 of 1024", softmax(make(67, 1024), 32))
-        yield Sample("prime", softmax(make(1021, 61), 6))
-
-
-def _bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    x, rest = make(4, 8), (True, 1, 1, "top2", 1.0)
-    yield "integers", (x.long(), None, None, 2, "softmax", *rest), TypeError, "logits: expected a floating dtype"
-    yield "rank", (x[0], None, None, 2, "softmax", *rest), ValueError, r"logits: expected shape .* got \(8,\)"
-    yield "top_k above", (x, None, None, 9, "softmax", *rest), ValueError, "top_k: expected 1 to 8 .* got 9"
-    yield "top_k below", (x, None, None, 0, "softmax", *rest), ValueError, "top_k: expected 1 to 8 .* got 0"
-    yield "score", (x, None, None, 2, "relu", *rest), ValueError, "score: expected one of softmax, sigmoid, got 'relu'"
-    yield (
-        "groups",
-        (x, None, None, 2, "sigmoid", True, 3, 1, "top2", 1.0),
-        ValueError,
-        "num_groups: .* divisor .* got 3",
-    )
-    yield "top_groups", (x, None, None, 2, "sigmoid", True, 4, 5, "max", 1.0), ValueError, "top_groups: .* got 5"
-    yield (
-        "few groups",
-        (x, None, None, 3, "sigmoid", True, 4, 1, "max", 1.0),
-        ValueError,
-        "top_k: .* 2 experts .* got 3",
-    )
-    yield "group_score", (x, None, None, 2, "sigmoid", True, 4, 2, "sum", 1.0), ValueError, "group_score: .* got 'sum'"
-    yield "bias", (x, make(7), None, 2, "softmax", *rest), ValueError, r"selection_bias: expected shape \(8,\)"
-    ids = make(4, 3, dtype=torch.int64, low=0, high=8)
-    yield "replay's shape", (x, None, ids, 2, "softmax", *rest), ValueError, r"expert_ids: expected shape \(4, 2\)"
-    yield "replay's dtype", (x, None, make(4, 2), 2, "softmax", *rest), TypeError, "expert_ids: expected dtype"
-
-
 def _cost(logits: Tensor, selection_bias: Tensor | None, replay_ids: Tensor | None, top_k: int, *_: Any) -> Any:
     """Logits read once, weights and ids written once; a handful of flops a logit."""
     return 8.0 * logits.numel(), logits.numel() * logits.element_size() + 12.0 * logits.shape[0] * top_k
@@ -244,6 +183,8 @@ _moe_route_backward = define_backward(
     primal=route_weights,
     wrt=("logits",),
     check=_check_backward,
+    backends=ROUTE_BACKWARD,
+    supports=ROUTE_BACKWARD_LACKS,
     cost=lambda dweights, logits, expert_ids, *_: (
         8.0 * logits.numel(),
         2.0 * logits.numel() * logits.element_size() + 12.0 * expert_ids.numel(),
@@ -259,8 +200,10 @@ _moe_route = define(
     fake=_fake,
     backward=_moe_route_backward,
     autocast={"logits": torch.float32},
-    samples=_samples,
-    bad=_bad,
+    backends=ROUTE,
+    supports=ROUTE_LACKS,
+    samples=route_samples,
+    bad=bad_routes,
     cost=_cost,
     peers={"torch": _torch},
     # On few tokens, equally good formulae of a quotient differ by more than a factor of two; measured over eight seeds.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import Sample, define
+from pykern.ops.moe._backends import SORT, SORT_LACKS
 from pykern.ops.moe._common import check_id_values, check_ids, is_expert
 
 
@@ -76,6 +77,8 @@ _moe_sort = define(
     reference=moe_sort_reference,
     check=_check,
     fake=_fake,
+    backends=SORT,
+    supports=SORT_LACKS,
     samples=_samples,
     bad=_bad,
     cost=lambda expert_ids, num_experts: (
