@@ -19,8 +19,10 @@ _HOMES = {
     "backend": "pykern.ops._backends",
     "catalogue": "pykern.ops._spec",
     "explain": "pykern.ops._spec",
+    "load_quantized": "pykern.nn.load_quantized",
+    "quantize_model": "pykern.nn.quantize_model",
 }
-__all__ = ["BackendError", "backend", "catalogue", "explain", "nn", "ops"]
+__all__ = ["BackendError", "backend", "catalogue", "explain", "load_quantized", "nn", "ops", "quantize_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Drop-in modules: torch's own classes, with their initialisation and state_dict, computed by pykern's ops."""
 
+from pykern.nn.linear_4bit import Linear4bit
 from pykern.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "Linear4bit", "RMSNorm"]

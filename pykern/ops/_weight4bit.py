@@ -9,14 +9,11 @@ flattened weight is in the high nibble of byte i, element 2i + 1 in the low one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from pykern.ops.norm import check_like
 
 # Quantiles of a normal distribution, asymmetric so that zero is exact: bitsandbytes' fp32 values, by code.
 NF4 = (
@@ -81,6 +78,8 @@ class Weight4bit:
         nested_absmax, nested_code, nested_offset: fp32 (ceil(len(absmax) / 256),), (256,) and (); a block's scale is
             nested_code[absmax] * nested_absmax + nested_offset. None where scales are not quantised.
         zero_points: int4: uint8 codes of zero, as many as `absmax`; None where it is 8 everywhere.
+        order: int64 (shape[-1],), the input feature that each packed column is (GPTQ's act-order, whose groups gather
+            features from all over a row); None: in order. Ops know nothing of it, public functions reorder their input.
     """
 
     codes: Tensor
@@ -94,6 +93,86 @@ class Weight4bit:
     nested_code: Tensor | None = None
     nested_offset: Tensor | None = None
     zero_points: Tensor | None = None
+    order: Tensor | None = None
+
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: Mapping[str, Tensor], key: str) -> "Weight4bit":
+        """The weight that bitsandbytes or transformers saved as `key`, such as "model.layers.0.mlp.up_proj.weight".
+
+        Args:
+            state_dict: with `key`, the packed codes (uint8, or `quant_storage` floats of their bytes), `key.absmax`,
+                `key.quant_map`, `key.quant_state.bitsandbytes__nf4` or `…__fp4`, and `key.nested_absmax` and
+                `key.nested_quant_map` where scales are quantised. Codes of the older layout (1, n) are read alike.
+
+        Raises:
+            KeyError, ValueError, TypeError: an entry is missing, truncated or contradicts another; it is named.
+        """
+        from pykern.ops.weight4bit_formats.bitsandbytes import read
+
+        return read(state_dict, key)
+
+    def to_bitsandbytes(self, key: str, *, quant_storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
+        """The entries of a state_dict from which bitsandbytes and transformers load this weight, NF4 or FP4.
+
+        `quant_storage` is the dtype whose elements hold the bytes of the codes.
+        """
+        from pykern.ops.weight4bit_formats.bitsandbytes import write
+
+        return write(self, key, quant_storage)
+
+    @classmethod
+    def from_gptq(
+        cls,
+        qweight: Tensor,
+        qzeros: Tensor,
+        scales: Tensor,
+        g_idx: Tensor | None = None,
+        *,
+        checkpoint_format: str = "gptq",
+    ) -> "Weight4bit":
+        """A 4-bit weight of AutoGPTQ or GPTQModel; the result has shape (out, in) and the scales' dtype.
+
+        Args:
+            qweight: int32 (in / 8, out), eight input features a word, the first in the lowest bits.
+            qzeros: int32 (groups, out / 8), eight outputs a word, the first in the lowest bits.
+            scales: floating (groups, out).
+            g_idx: integers (in,), the group of each input feature; all groups of one size, the last may be smaller.
+                None: in / groups consecutive features each.
+            checkpoint_format: "gptq" stores zero points less one, a stored 15 means 16 as in AutoGPTQ's torch path;
+                "gptq_v2" stores them as they are. Values of a symmetric weight of the other format bring a warning.
+
+        Raises:
+            ValueError, TypeError: a tensor is truncated, contradicts another or is out of range, or a zero point of 0,
+                for which "gptq" has no room, has overwritten its neighbours; the message names the argument.
+        """
+        from pykern.ops.weight4bit_formats.gptq import read
+
+        return read(qweight, qzeros, scales, g_idx, checkpoint_format)
+
+    @classmethod
+    def from_awq(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> "Weight4bit":
+        """A 4-bit weight in AWQ's GEMM layout; the result has shape (out, in) and the scales' dtype.
+
+        Args:
+            qweight: int32 (in, out / 8), eight outputs a word, from the lowest bits up 0, 2, 4, 6, 1, 3, 5, 7.
+            qzeros: int32 (groups, out / 8), packed likewise; groups are of in / groups consecutive features.
+            scales: floating (groups, out).
+
+        Raises:
+            ValueError, TypeError: a tensor is truncated or contradicts another; the message names it.
+        """
+        from pykern.ops.weight4bit_formats.awq import read
+
+        return read(qweight, qzeros, scales)
+
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """`tensor` (…, in) with its columns in the order of the packed weight's."""
+        if self.order is None:
+            return tensor
+        if self.order.shape != tuple(self.shape[-1:]):
+            raise ValueError(f"weight.order: expected shape ({self.shape[-1]},), got {tuple(self.order.shape)}")
+        # A tensor that does not fit goes on as it is, to the op whose message names it.
+        return tensor.index_select(-1, self.order) if tensor.shape[-1:] == self.order.shape else tensor
 
     @property
     def arguments(self) -> tuple[Tensor | Sequence[int] | int | None, ...]:
@@ -134,54 +213,3 @@ def decode(
 def _spread(scales: Tensor, blocksize: int, count: int) -> Tensor:
     """Each scale for the `blocksize` elements it serves: (…, blocks) to (…, count)."""
     return scales.unsqueeze(-1).expand(*scales.shape, blocksize).flatten(-2)[..., :count]
-
-
-def check_weight(
-    codes: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    code: Tensor | None,
-    zero_points: Tensor | None,
-    shape: Sequence[int],
-    blocksize: int,
-) -> None:
-    """Raises where a tensor is not of the size that shape and format call for, so that nothing is read beyond it."""
-    count = math.prod(shape)
-    torch._check_value(len(shape) > 0, lambda: "weight.shape: expected at least one dimension, got none")
-    torch._check_value(blocksize > 0, lambda: f"weight.blocksize: expected a positive number, got {blocksize}")
-    uint8, wide = (torch.uint8,), (torch.float32, torch.float64)
-    expected = [("codes", codes, uint8, ((count + 1) // 2,))]
-    if code is None:
-        groups = (*shape[:-1], -(-shape[-1] // blocksize))
-        torch._check_value(nested_absmax is None, lambda: "weight.nested_absmax: int4 scales are not quantised")
-        narrow = (torch.float16, torch.bfloat16)
-        expected += [("absmax", absmax, wide + narrow, groups), ("zero_points", zero_points, uint8, groups)]
-    else:
-        blocks = -(-count // blocksize)
-        nested = (nested_absmax, nested_code, nested_offset)
-        torch._check_value(
-            all(t is None for t in nested) or all(t is not None for t in nested),
-            lambda: "weight: nested_absmax, nested_code and nested_offset belong together, only some were given",
-        )
-        torch._check_value(zero_points is None, lambda: "weight.zero_points: only int4 has zero points")
-        expected += [
-            ("absmax", absmax, wide if nested_absmax is None else uint8, (blocks,)),
-            ("code", code, wide, (16,)),
-            ("nested_absmax", nested_absmax, wide, (-(-blocks // NESTED_BLOCK),)),
-            ("nested_code", nested_code, wide, (256,)),
-            ("nested_offset", nested_offset, wide, ()),
-        ]
-    for name, tensor, dtypes, wanted in expected:
-        check_like(f"weight.{name}", tensor, codes, wanted, dtypes)
-
-
-def weight_bytes(weight: Sequence[Any]) -> int:
-    """What reading a 4-bit weight moves; its code tables are small enough to stay in registers."""
-    return sum(t.numel() * t.element_size() for t in weight[:2] + weight[2:3] + weight[6:7] if t is not None)
-
-
-def require_weight(weight: object) -> None:
-    if not isinstance(weight, Weight4bit):
-        raise TypeError(f"weight: expected a Weight4bit, from quantize_4bit, got {type(weight).__name__}")

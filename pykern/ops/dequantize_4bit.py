@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pykern.ops._spec import Sample, define
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, check_weight, decode, require_weight, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.quantize_4bit import quantize_4bit
 from pykern.ops.weight4bit_backends import DEQUANTIZE, DEQUANTIZE_LACKS
+from pykern.ops.weight4bit_checks import check_weight, require_weight, weight_bytes
 from pykern.ops.weight4bit_samples import bad_weights, sample_weights
 
 
@@ -48,6 +49,7 @@ _dequantize_4bit = define(
     samples=_dequantize_4bit_samples,
     bad=_dequantize_4bit_bad,
     cost=_dequantize_cost,
+    traffic=lambda backend, *_: 1.02,
 )
 
 
@@ -66,4 +68,5 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype | None = None) -> Ten
         ValueError, TypeError: tensors of the weight contradict its shape or format; the message names the tensor.
     """
     require_weight(weight)
-    return _dequantize_4bit(*weight.arguments, weight.dtype if dtype is None else dtype)
+    values = _dequantize_4bit(*weight.arguments, weight.dtype if dtype is None else dtype)
+    return values if weight.order is None else values.index_select(-1, weight.order.argsort())

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykern.ops._spec import Sample, define, define_backward
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, check_weight, decode, require_weight, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.norm import check_like
 from pykern.ops.quantize_4bit import quantize_4bit
 from pykern.ops.weight4bit_backends import LINEAR, LINEAR_BACKWARD, LINEAR_BACKWARD_LACKS, LINEAR_LACKS
+from pykern.ops.weight4bit_checks import check_weight, require_weight, weight_bytes
 from pykern.ops.weight4bit_samples import bad_weights, sample_weights
 
 
@@ -51,11 +52,10 @@ def linear_4bit_cost(input: Tensor, weight: Sequence[Any]) -> tuple[float, float
 def _linear_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
     for name, weight in sample_weights(kind, make):
         out, n = weight.shape
-        for rows in (1, 16, 512) if kind == "bench" else (9,):
-            yield Sample(
-                f"{name}, {rows} rows", (make(rows, n), *weight.arguments, None if kind == "bench" else make(out))
-            )
-    if kind != "bench":
+        for rows in {"bench": (1, 16, 512), "traffic": (1,)}.get(kind, (9,)):
+            bias = None if kind in ("bench", "traffic") else make(out)
+            yield Sample(f"{name}, {rows} rows", (make(rows, n), *weight.arguments, bias))
+    if kind not in ("bench", "traffic"):
         weight = quantize_4bit(make(24, 64))
         yield Sample("no bias, one vector", (make(64), *weight.arguments, None))
         yield Sample("no tokens", (make(0, 64), *weight.arguments, make(24)))
@@ -125,4 +125,4 @@ def linear_4bit(input: Tensor, weight: Weight4bit, bias: Tensor | None = None) -
             format; the message names the argument.
     """
     require_weight(weight)
-    return _linear_4bit(input, *weight.arguments, bias)
+    return _linear_4bit(weight.ordered(input), *weight.arguments, bias)

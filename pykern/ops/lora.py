@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.dequantize_4bit import dequantize_4bit
 from pykern.ops.linear_4bit import check_linear_4bit
 from pykern.ops.lora_samples import (
@@ -24,6 +24,7 @@ from pykern.ops.lora_samples import (
     lora_samples_4bit,
 )
 from pykern.ops.norm import check_like
+from pykern.ops.weight4bit_checks import weight_bytes
 
 
 def widened(x: Tensor) -> Tensor:
@@ -291,10 +292,10 @@ def lora_linear(
     """
     rng = draw_rng(input.device) if training and dropout_p > 0 else None
     dora_scale = None if magnitude is None else _dora_scale(input, weight, lora_a, lora_b, scaling, magnitude)
-    rest = (lora_a, lora_b, bias, dora_scale, scaling, dropout_p, rng)
+    rest = (lora_b, bias, dora_scale, scaling, dropout_p, rng)
     if isinstance(weight, Weight4bit):
-        return _lora_linear_4bit(input, *weight.arguments, *rest)
-    return _lora_linear(input, weight, *rest)
+        return _lora_linear_4bit(weight.ordered(input), *weight.arguments, weight.ordered(lora_a), *rest)
+    return _lora_linear(input, weight, lora_a, *rest)
 
 
 def _dora_scale(

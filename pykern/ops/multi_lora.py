@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pykern.ops._spec import define, define_backward
-from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode, weight_bytes
+from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.linear_4bit import check_linear_4bit
 from pykern.ops.lora import check_adapter, check_base, decode_wide, lora_cost, low_rank, widened
 from pykern.ops.lora_samples import bad_multi, bad_multi_4bit, multi_samples, multi_samples_4bit
 from pykern.ops.norm import check_like
+from pykern.ops.weight4bit_checks import weight_bytes
 
 
 def multi_lora_linear_reference(
@@ -189,7 +190,7 @@ def multi_lora_linear(
             raise ValueError(
                 f"adapter_ids: expected ids from -1 to {lora_a.shape[0] - 1}, got {low if low < -1 else high}"
             )
-    rest = (lora_a, lora_b, adapter_ids, bias, scaling)
+    rest = (lora_b, adapter_ids, bias, scaling)
     if isinstance(weight, Weight4bit):
-        return _multi_lora_linear_4bit(input, *weight.arguments, *rest)
-    return _multi_lora_linear(input, weight, *rest)
+        return _multi_lora_linear_4bit(weight.ordered(input), *weight.arguments, weight.ordered(lora_a), *rest)
+    return _multi_lora_linear(input, weight, lora_a, *rest)

@@ -1,5 +1,6 @@
 """Samples of the ops that quantise to 4 bits, and calls that they must refuse."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 
 from pykern.ops._op import Sample
 from pykern.ops._weight4bit import BLOCK_SIZES, TABLES
+
+_NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
 def quantize_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
@@ -20,6 +23,11 @@ def quantize_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
         yield Sample(f"{quant_type} empty", (make(0, 7, grad=False), quant_type, 64))
         yield Sample(f"{quant_type} strided", (make(64, 6, grad=False).t(), quant_type, 32))
         yield Sample(f"{quant_type} zeros", (make(2, 40, grad=False) * 0, quant_type, 64))
+        table = make.tensor(sorted(TABLES[quant_type]))
+        ties = torch.cat([(table[1:] + table[:-1]) / 2, make.tensor([1.0])])
+        yield Sample(f"{quant_type} ties", (ties.repeat(4).unflatten(0, (2, -1)), quant_type, 32))
+        odd = make(3, 33, grad=False).index_put((make.tensor([0.0, 1.0, 2.0]).long(),) * 2, make.tensor(_NOT_FINITE))
+        yield Sample(f"{quant_type} not finite", (odd, quant_type, 32))
     if kind == "full":
         for blocksize in BLOCK_SIZES:
             yield Sample(f"nf4 block {blocksize}", (make(111, 173, grad=False), "nf4", blocksize))
@@ -34,6 +42,7 @@ def quantize_int4_samples(kind: str, make: Any) -> Iterator[Sample]:
         yield Sample(f"{name} short group", (make(5, 47, grad=False) + 1, 32, symmetric, torch.float32))
         yield Sample(f"{name} experts", (make(2, 3, 32, grad=False), 16, symmetric, torch.float16))
         yield Sample(f"{name} zeros", (make(2, 40, grad=False) * 0, 32, symmetric, torch.float32))
+        yield Sample(f"{name} odd rows, groups of 7", (make(5, 47, grad=False), 7, symmetric, torch.bfloat16))
         yield Sample(f"{name} empty", (make(0, 32, grad=False), 32, symmetric, torch.float32))
 
 

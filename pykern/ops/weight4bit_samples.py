@@ -1,21 +1,28 @@
 """4-bit weights for samples: every format, and weights whose tensors contradict one another."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from pykern.ops._weight4bit import BLOCK_SIZES, Weight4bit
+import torch
+
+from pykern.ops._weight4bit import BLOCK_SIZES, TABLES, Weight4bit
 from pykern.ops.quantize_4bit import quantize_4bit
 
 
 def sample_weights(kind: str, make: Any) -> Iterator[tuple[str, Weight4bit]]:
     """4-bit weights (out, in) for samples: every format, blocks that straddle rows, short last blocks, odd counts."""
     if kind == "bench":
-        for name, shape in (
-            ("llama-8b q_proj 4096x4096", (4096, 4096)),
-            ("llama-8b down_proj 4096x14336", (4096, 14336)),
-        ):
-            yield f"nf4 {name}", quantize_4bit(make(*shape))
-            yield f"nf4 nested {name}", quantize_4bit(make(*shape), double_quant=True)
+        yield "nf4 llama-8b q_proj 4096x4096", quantize_4bit(make(4096, 4096))
+        yield "nf4 nested llama-8b up_proj 14336x4096", quantize_4bit(make(14336, 4096), double_quant=True)
+        yield "fp4 llama-8b down_proj 4096x14336", quantize_4bit(make(4096, 14336), quant_type="fp4")
+        int4 = quantize_4bit(make(4096, 4096), quant_type="int4", blocksize=128, symmetric=False)
+        yield "int4 groups of 128 llama-8b q_proj 4096x4096", int4
+        return
+    if kind == "traffic":
+        yield "nf4 512x1024", quantize_4bit(make(512, 1024))
+        yield "nf4 nested 512x1024", quantize_4bit(make(512, 1024), double_quant=True)
+        yield "int4 512x1024", quantize_4bit(make(512, 1024), quant_type="int4", blocksize=128, symmetric=False)
         return
     yield "nf4 whole blocks", quantize_4bit(make(8, 128))
     yield "nf4 straddling blocks", quantize_4bit(make(7, 48), blocksize=32)
@@ -30,8 +37,14 @@ def sample_weights(kind: str, make: Any) -> Iterator[tuple[str, Weight4bit]]:
         "int4 asymmetric, short group",
         quantize_4bit(make(5, 50) + 1, quant_type="int4", blocksize=32, symmetric=False),
     )
+    sevens = quantize_4bit(make(5, 47), quant_type="int4", blocksize=7, symmetric=False)
+    yield "int4 groups of 7, odd rows", sevens
+    # GPTQ's first format can mean 16; a byte holds more.
+    far = torch.where(sevens.zero_points > 7, 16, 255).to(torch.uint8)
+    yield "int4 zero points beyond the codes", replace(sevens, zero_points=far)
     yield "no rows", quantize_4bit(make(0, 64))
     if kind == "full":
+        yield "nf4, larger than caches, odd count", quantize_4bit(make(2051, 4099))
         for blocksize in BLOCK_SIZES:
             yield (
                 f"nf4 nested, block {blocksize}",
@@ -77,3 +90,22 @@ def bad_weights(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exceptio
         ValueError,
         "weight.zero_points: expected",
     )
+
+
+def weight_formats(make: Any) -> Iterator[tuple[str, tuple[Any, ...], Weight4bit]]:
+    """Every format and layout, for the table of what serves it: the arguments that quantise it, and a weight."""
+    weight = make(16, 128)
+    for name in TABLES:
+        yield name, (weight, name, 64), quantize_4bit(weight, quant_type=name)
+        nested = quantize_4bit(weight, quant_type=name, double_quant=True)
+        yield f"{name}, scales quantised", (weight, name, 64), nested
+    for name, symmetric in (("symmetric", True), ("asymmetric", False)):
+        options = {"quant_type": "int4", "blocksize": 32, "symmetric": symmetric, "scale_dtype": torch.float16}
+        yield f"int4 {name}", (weight, 32, symmetric, torch.float16), quantize_4bit(weight, **options)
+    odd = make(16, 127)
+    yield "nf4, blocks across rows", (make(16, 96), "nf4", 64), quantize_4bit(make(16, 96))
+    yield "nf4, rows of odd length", (odd, "nf4", 64), quantize_4bit(odd)
+    seven = quantize_4bit(odd, quant_type="int4", blocksize=7)
+    yield "int4, groups of 7", (odd, 7, True, torch.bfloat16), seven
+    experts = make(4, 16, 128)
+    yield "experts (E, out, in)", (experts, "nf4", 64), quantize_4bit(experts)

@@ -133,11 +133,12 @@ def bench(
         peers = peer_libraries.peers(spec)
         for dtype in (getattr(torch, d) for d in dtypes):
             for sample in samples(spec, "bench", device, dtype):
+                right = {n: p for n, p in peers.items() if peer_libraries.fault(spec, p, sample.args) is None}
                 for mode in engine.modes(sample.args):
                     table = Table(title=f"{name} · {sample.name} · {str(dtype)[6:]} · {mode}", title_justify="left")
                     for column in ("", "time", "× torch", "95 %", "× floor", "peak MiB", "host µs"):
                         table.add_column(column, justify="left" if not column else "right")
-                    for record in engine.run(spec, sample, mode, device, dtype, budget, peers):
+                    for record in engine.run(spec, sample, mode, device, dtype, budget, right):
                         if isinstance(record, tuple):
                             console.print(f"{name} {record[0]}: wrong, so not timed: {record[1]}", style="red")
                             code = 1

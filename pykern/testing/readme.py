@@ -16,6 +16,7 @@ from pykern.ops._spec import Sample
 from pykern.ops.attention_decode_samples import decode_features
 from pykern.ops.attention_samples import dense_features
 from pykern.ops.attention_varlen_samples import varlen_features
+from pykern.ops.weight4bit_samples import weight_formats
 from pykern.testing.commands import backend_table, forward_ops
 from pykern.testing.inputs import Make
 from pykern.testing.sass import Cost
@@ -62,6 +63,57 @@ def speed_table(path: Path) -> str:
         host = f"{ours['host_seconds'] * 1e6:.0f} ({group['torch']['host_seconds'] * 1e6:.0f})"
         lines.append(f"| `{op}` | {sample} | {dtype} | {mode} | {speed} | {ours['over_floor']:.2f} | {host} |")
     return "\n".join([*lines, "", about(result)])
+
+
+def rivals_table(path: Path) -> str:
+    """One line an op, dtype, mode and sample: the time of each peer over ours."""
+    result = json.loads(path.read_text())
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record in result["records"]:
+        key = (record["op"], record["sample"], record["dtype"], record["mode"])
+        groups.setdefault(key, {})[record["contestant"]] = record
+    chosen = {
+        key: next(group[name] for name in forward_ops()[key[0]].backends if name in group)
+        for key, group in groups.items()
+    }
+    peers = list(dict.fromkeys(peer for ours in chosen.values() for peer in ours["over"]))
+    lines = ["| op | sample | dtype | | ms | " + " | ".join(f"× {peer} (95 %)" for peer in peers) + " |"]
+    lines.append("|---|---|---|---|---|" + "---|" * len(peers))
+    for (op, sample, dtype, mode), ours in chosen.items():
+        cells = ["{:.2f} ({:.2f}–{:.2f})".format(*ours["over"][p]) if p in ours["over"] else "" for p in peers]
+        lines.append(f"| `{op}` | {sample} | {dtype} | {mode} | {ours['seconds'] * 1e3:.2f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", about(result)])
+
+
+def weight_formats_table() -> str:
+    """Which kernel reads, writes and multiplies by which format of 4-bit weights; what serves in its place if none."""
+    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
+    catalogue, make = pykern.catalogue(), Make("cpu", torch.bfloat16)
+    ops = ("quantize", "dequantize", "linear", "linear backward")
+    lines = ["| | " + " | ".join(f"{op}, {column}" for op in ops for column in columns) + " |"]
+    lines.append("|---|" + "---|" * (len(ops) * len(columns)))
+    for label, options, weight in weight_formats(make):
+        quantizer = catalogue["quantize_int4" if weight.code is None else "quantize_4bit"]
+        calls = {
+            "quantize": (quantizer, options),
+            "dequantize": (catalogue["dequantize_4bit"], (*weight.arguments, torch.bfloat16)),
+        }
+        if len(weight.shape) == 2:
+            x = make(4, weight.shape[1])
+            calls["linear"] = (catalogue["linear_4bit"], (x, *weight.arguments, None))
+            backward = catalogue["linear_4bit"].gradient.op
+            calls["linear backward"] = (backward, (None, x, *weight.arguments, None, [True, False]))
+        cells = []
+        for op in ops:
+            for name, chain in columns.items():
+                served = "" if op not in calls else _first_of(*calls[op], chain)
+                cells.append("kernel" if served == name else served)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _first_of(spec: Any, args: Sequence[Any], backends: Sequence[str]) -> str:
+    return _first([name for name in backends if name in spec.backends], spec.supports, *args)
 
 
 def traffic_table(path: Path) -> str:
@@ -136,6 +188,8 @@ def render(text: str) -> str:
         "attention": lambda: feature_table("attention", dense_features),
         "attention_varlen": lambda: feature_table("attention_varlen", varlen_features),
         "attention_decode": lambda: feature_table("attention_decode", decode_features),
+        "weight_formats": weight_formats_table,
+        "weight_speed": lambda: rivals_table(RESULTS / "cpu-4bit.json"),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),
         "attention_packed_speed": lambda: speed_table(RESULTS / "cpu-attention-packed.json"),

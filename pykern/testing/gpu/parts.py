@@ -119,7 +119,7 @@ def benchmarks(config: Config) -> Iterator[Unit]:
     def unit(name: str, index: int, dtype: torch.dtype, mode: str) -> dict[str, Any]:
         spec = pykern.catalogue()[name]
         sample = _bench_samples(spec, config, dtype, config.seed)[index]
-        peers = peer_libraries.peers(spec, "eager" if config.dry else "inductor")
+        peers = peer_libraries.gpu_peers(spec, "eager" if config.dry else "inductor")
         refused = {name: peer_libraries.fault(spec, peer, sample.args) for name, peer in peers.items()}
         refused = {name: problem for name, problem in refused.items() if problem is not None}
         peers = {name: peer for name, peer in peers.items() if name not in refused}

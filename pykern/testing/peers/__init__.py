@@ -18,7 +18,7 @@ from torch import Tensor
 from pykern.ops._spec import OpSpec
 from pykern.testing.inputs import as_tuple, map_tensors
 from pykern.testing.peers.attention import flex, sdpa
-from pykern.testing.peers.weight4bit import dequantize, float_weight, matmul_4bit, repacked
+from pykern.testing.peers.weight4bit import dequantize, filling, float_weight, matmul_4bit, repacked
 
 # The library, and what makes the peer from its module. (x, [residual,] weight, [bias,] eps, …) are the op's arguments.
 _Maker = Callable[[Any], Callable[..., Any]]
@@ -49,7 +49,15 @@ def _liger_add_rms_norm(module: Any) -> Callable[..., Any]:
     return peer
 
 
-LIBRARIES: dict[str, dict[str, tuple[str, _Maker]]] = {
+ANYWHERE: dict[str, dict[str, tuple[str, _Maker]]] = {
+    "dequantize_4bit": {"bitsandbytes": ("bitsandbytes", dequantize), "filling the output": ("torch", filling)},
+    "linear_4bit": {
+        "F.linear": ("torch", float_weight),
+        "bnb.matmul_4bit": ("bitsandbytes", matmul_4bit),
+        "bnb.Linear4bit, repacked": ("bitsandbytes", repacked),
+    },
+}
+ON_GPUS: dict[str, dict[str, tuple[str, _Maker]]] = {
     "layer_norm": {"liger": ("liger_kernel.ops.layer_norm", _liger_layer_norm)},
     "rms_norm": {"liger": ("liger_kernel.ops.rms_norm", _liger_rms_norm)},
     "add_rms_norm": {"liger": ("liger_kernel.ops.fused_add_rms_norm", _liger_add_rms_norm)},
@@ -58,19 +66,13 @@ LIBRARIES: dict[str, dict[str, tuple[str, _Maker]]] = {
         "torch cuDNN": ("torch.nn.attention", sdpa("CUDNN_ATTENTION")),
         "torch flex": ("torch.nn.attention.flex_attention", flex),
     },
-    "dequantize_4bit": {"bitsandbytes": ("bitsandbytes", dequantize)},
-    "linear_4bit": {
-        "F.linear": ("torch", float_weight),
-        "bnb.matmul_4bit": ("bitsandbytes", matmul_4bit),
-        "bnb.Linear4bit, repacked": ("bitsandbytes", repacked),
-    },
 }
 
 
 def libraries() -> dict[str, str]:
     """Each library's version, or why it is not there."""
     found = {}
-    for module, _ in (entry for peers in LIBRARIES.values() for entry in peers.values()):
+    for module, _ in (entry for table in (ANYWHERE, ON_GPUS) for peers in table.values() for entry in peers.values()):
         package = module.partition(".")[0]
         try:
             importlib.import_module(module)
@@ -80,12 +82,22 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def peers(spec: OpSpec, compiler: str | None = None) -> dict[str, Callable[..., Any]]:
-    """The op's peers by name; what it declares itself comes first, and with a compiler, torch.compile of that."""
+def peers(spec: OpSpec) -> dict[str, Callable[..., Any]]:
+    """The op's peers by name; what it declares itself comes first."""
+    return {**spec.peers, **_made(spec, ANYWHERE)}
+
+
+def gpu_peers(spec: OpSpec, compiler: str = "inductor") -> dict[str, Callable[..., Any]]:
+    """Besides those torch.compile of the stock op, and kernels for GPUs alone."""
     found = dict(spec.peers)
-    if "torch" in found and compiler is not None:
+    if "torch" in found:
         found["torch.compile"] = torch.compile(found["torch"], backend=compiler, dynamic=False)
-    for name, (module, make) in LIBRARIES.get(spec.basename, {}).items() if spec.namespace == "pykern" else ():
+    return {**found, **_made(spec, ANYWHERE), **_made(spec, ON_GPUS)}
+
+
+def _made(spec: OpSpec, table: dict[str, dict[str, tuple[str, _Maker]]]) -> dict[str, Callable[..., Any]]:
+    found = {}
+    for name, (module, make) in table.get(spec.basename, {}).items() if spec.namespace == "pykern" else ():
         try:
             found[name] = make(importlib.import_module(module))
         except Exception:  # `libraries` says why
@@ -95,6 +107,8 @@ def peers(spec: OpSpec, compiler: str | None = None) -> dict[str, Callable[..., 
 
 def fault(spec: OpSpec, peer: Callable[..., Any], args: Sequence[Any]) -> str | None:
     """Why a peer is not to be timed on these arguments, or None."""
+    if not getattr(peer, "checked", True):
+        return None
     frozen = map_tensors(lambda t: t.detach(), args)
     try:
         result = peer(*frozen)

@@ -16,10 +16,10 @@ from pykern.ops._weight4bit import NESTED_BLOCK, NF4, decode
 
 
 class Prepared:
-    """A peer whose layout of the weight is not timed."""
+    """A peer whose layout of the weight is not timed; one that is not `checked` is a floor, not a rival."""
 
-    def __init__(self, prepare: Callable[..., Callable[..., Any]]) -> None:
-        self.prepare = prepare
+    def __init__(self, prepare: Callable[..., Callable[..., Any]], checked: bool = True) -> None:
+        self.prepare, self.checked = prepare, checked
 
     def __call__(self, *args: Any) -> Any:
         return self.prepare(*args)(*args)
@@ -33,6 +33,16 @@ def float_weight(_: Any) -> Prepared:
         return lambda input, *rest: F.linear(input, weight, rest[9])
 
     return Prepared(prepare)
+
+
+def filling(_: Any) -> Prepared:
+    """Writing one number all over a tensor like the decoded one."""
+
+    def prepare(*args: Any) -> Callable[..., Any]:
+        shape, dtype = args[7], args[9]
+        return lambda codes, *rest: codes.new_empty(shape, dtype=dtype).fill_(1)
+
+    return Prepared(prepare, checked=False)
 
 
 def dequantize(module: Any) -> Prepared:
