@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pykern
 from pykern.ops._weight4bit import BLOCK_SIZES, DYNAMIC_MAP, FP4, NF4, Weight4bit
 from pykern.ops.dequantize_4bit import dequantize_4bit
 from pykern.ops.linear_4bit import linear_4bit
 from pykern.ops.quantize_4bit import quantize_4bit
+from pykern.testing.cases import backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NF4_BITS = (
@@ -301,3 +303,29 @@ def test_the_input_of_a_frozen_layer_is_not_kept_for_its_backward() -> None:
     (dx,) = torch.autograd.grad(y, x, dy)
     exact = dy.double() @ dequantize_4bit(weight, torch.float64)
     assert (dx - exact).norm() <= 1e-6 * exact.norm()
+
+
+KERNELS = [name for name in backends(pykern.catalogue()["linear_4bit"], "cpu") if name != "reference"]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_no_less_exact_than_dequantise_and_multiply(backend: str, dtype: torch.dtype) -> None:
+    weight = quantize_4bit(normal(256, 512, seed=1), double_quant=True)
+    decoded = dequantize_4bit(weight, torch.float64)
+    spec = pykern.catalogue()["linear_4bit"]
+    for rows in (1, 5, 24):
+        x, dy = normal(rows, 512, seed=2).to(dtype).requires_grad_(), normal(rows, 256, seed=3).to(dtype)
+        if spec.why_not(backend, (x, *weight.arguments, None)) is not None:
+            continue  # fp32 with many rows, which another backend serves
+        for gradient in (False, True):
+            if gradient and spec.gradient.op.why_not(backend, (dy, x, *weight.arguments, None, [True, False])):
+                continue
+            with pykern.backend(backend):
+                y = linear_4bit(x if gradient else x.detach(), weight)
+                ours = torch.autograd.grad(y, x, dy)[0] if gradient else y
+            rounded = dequantize_4bit(weight, dtype)
+            theirs = dy @ rounded if gradient else F.linear(x.detach(), rounded)
+            exact = dy.double() @ decoded if gradient else x.detach().double() @ decoded.T
+            # A hundredth, since sums in another order fall to either side.
+            assert (ours - exact).norm() <= 1.01 * (theirs - exact).norm()

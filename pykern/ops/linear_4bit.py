@@ -52,10 +52,19 @@ def linear_4bit_cost(input: Tensor, weight: Sequence[Any]) -> tuple[float, float
 def _linear_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
     for name, weight in sample_weights(kind, make):
         out, n = weight.shape
-        for rows in {"bench": (1, 16, 512), "traffic": (1,)}.get(kind, (9,)):
+        few = (1,) if kind == "traffic" or not name.startswith("nf4 llama") else (1, 16, 512)
+        for rows in few if kind in ("bench", "traffic") else (9,):
             bias = None if kind in ("bench", "traffic") else make(out)
             yield Sample(f"{name}, {rows} rows", (make(rows, n), *weight.arguments, bias))
     if kind not in ("bench", "traffic"):
+        # Every height of tile, depths and columns that end within one, sums split over the depth.
+        tall = quantize_4bit(make(160, 320), double_quant=True)
+        for rows in (1, 3, 20, 70) if kind == "smoke" else (1, 2, 8, 9, 16, 17, 33, 70, 200, 300):
+            yield Sample(f"tiles, {rows} rows", (make(rows, 320), *tall.arguments, None))
+        yield Sample("deep", (make(16, 1056), *quantize_4bit(make(33, 1056)).arguments, None))
+        groups = quantize_4bit(make(130, 160), quant_type="int4", blocksize=96, symmetric=False)
+        yield Sample("int4, short groups", (make(40, 160), *groups.arguments, make(130)))
+        yield Sample("rows apart", (make(20, 331)[:, :320], *tall.arguments, None))
         weight = quantize_4bit(make(24, 64))
         yield Sample("no bias, one vector", (make(64), *weight.arguments, None))
         yield Sample("no tokens", (make(0, 64), *weight.arguments, make(24)))

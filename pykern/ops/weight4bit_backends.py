@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.ops._backends import Kernel
+from pykern.ops._backends import Kernel, native, triton
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+CUDA_VECTORS = 8  # rows of input up to which the CUDA kernel has a way for every weight: it reads the codes once
+_CUDA_CHUNK = 32  # weights of a row that its tensor cores' kernels decode with one scale
+_CUDA_COLUMNS = 65535 * 128  # tiles of columns are counted in a grid's second dimension
 
 
 def _wide(tensors: Sequence[Tensor | None]) -> str | None:
@@ -50,13 +53,62 @@ def _linear_backward_lacks(dy: Tensor | None, input: Tensor, *rest: Any) -> str 
     return _linear_lacks(input, *rest[:10])
 
 
-QUANTIZE: dict[str, Kernel] = {}
+def _cuda_tiles_lack(input: Tensor, *weight: Any) -> str | None:
+    """Why the CUDA kernels on tensor cores do not multiply by this weight."""
+    code, (out, n), blocksize = weight[5], weight[7], weight[8]
+    if input.dtype == torch.float32:
+        return f"multiplies fp16 and bf16, torch.float32 in the forward of up to {CUDA_VECTORS} rows"
+    if n % _CUDA_CHUNK:
+        return f"takes rows of a multiple of {_CUDA_CHUNK} weights, not {n}"
+    if code is None and blocksize % _CUDA_CHUNK and blocksize < n:
+        return f"takes int4 groups of a multiple of {_CUDA_CHUNK} weights, not {blocksize}"
+    if max(out, n) > _CUDA_COLUMNS or (code is None and n >= 2**20):
+        return f"takes up to {_CUDA_COLUMNS} rows and columns, of int4 fewer than 2^20 columns, not {(out, n)}"
+    return None
+
+
+def _cuda_linear_lacks(input: Tensor, *rest: Any) -> str | None:
+    reason = _linear_lacks(input, *rest)
+    if reason or input.numel() <= CUDA_VECTORS * input.shape[-1]:
+        return reason
+    return _cuda_tiles_lack(input, *rest[:9])
+
+
+def _cuda_linear_backward_lacks(dy: Tensor | None, input: Tensor, *rest: Any) -> str | None:
+    return _linear_backward_lacks(dy, input, *rest) or _cuda_tiles_lack(input, *rest[:9])
+
+
+QUANTIZE: dict[str, Kernel] = {
+    "cuda": native("cuda", "quantize_4bit"),
+    "triton": triton("quantize_4bit", "quantize_4bit"),
+    "cpu": native("cpu", "quantize_4bit"),
+}
 QUANTIZE_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _quantize_lacks)
-QUANTIZE_INT4: dict[str, Kernel] = {}
+QUANTIZE_INT4: dict[str, Kernel] = {
+    "cuda": native("cuda", "quantize_int4"),
+    "triton": triton("quantize_4bit", "quantize_int4"),
+    "cpu": native("cpu", "quantize_int4"),
+}
 QUANTIZE_INT4_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _quantize_int4_lacks)
-DEQUANTIZE: dict[str, Kernel] = {}
+DEQUANTIZE: dict[str, Kernel] = {
+    "cuda": native("cuda", "dequantize_4bit"),
+    "triton": triton("dequantize_4bit", "dequantize_4bit"),
+    "cpu": native("cpu", "dequantize_4bit"),
+}
 DEQUANTIZE_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _dequantize_lacks)
-LINEAR: dict[str, Kernel] = {}
-LINEAR_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _linear_lacks)
-LINEAR_BACKWARD: dict[str, Kernel] = {}
-LINEAR_BACKWARD_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _linear_backward_lacks)
+LINEAR: dict[str, Kernel] = {
+    "cuda": native("cuda", "linear_4bit"),
+    "triton": triton("linear_4bit", "linear_4bit"),
+    "cpu": native("cpu", "linear_4bit"),
+}
+LINEAR_LACKS = {"cuda": _cuda_linear_lacks, "triton": _linear_lacks, "cpu": _linear_lacks}
+LINEAR_BACKWARD: dict[str, Kernel] = {
+    "cuda": native("cuda", "linear_4bit_backward"),
+    "triton": triton("linear_4bit", "linear_4bit_backward"),
+    "cpu": native("cpu", "linear_4bit_backward"),
+}
+LINEAR_BACKWARD_LACKS = {
+    "cuda": _cuda_linear_backward_lacks,
+    "triton": _linear_backward_lacks,
+    "cpu": _linear_backward_lacks,
+}

@@ -15,7 +15,7 @@ def sample_weights(kind: str, make: Any) -> Iterator[tuple[str, Weight4bit]]:
     if kind == "bench":
         yield "nf4 llama-8b q_proj 4096x4096", quantize_4bit(make(4096, 4096))
         yield "nf4 nested llama-8b up_proj 14336x4096", quantize_4bit(make(14336, 4096), double_quant=True)
-        yield "fp4 llama-8b down_proj 4096x14336", quantize_4bit(make(4096, 14336), quant_type="fp4")
+        yield "fp4 llama-8b q_proj 4096x4096", quantize_4bit(make(4096, 4096), quant_type="fp4")
         int4 = quantize_4bit(make(4096, 4096), quant_type="int4", blocksize=128, symmetric=False)
         yield "int4 groups of 128 llama-8b q_proj 4096x4096", int4
         return

@@ -39,6 +39,19 @@ __device__ __forceinline__ void cp_async(void* to, const void* from, int filled 
 #endif
 }
 
+// 16 bytes that are read once: they go first when the second-level cache needs room.
+__device__ __forceinline__ void cp_async_once(void* to, const void* from, int filled = 16) {
+#ifdef __CUDACC__
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(filled), "l"(policy)
+               : "memory");
+#else
+  emulator::cp_async(to, from, 16, filled);
+#endif
+}
+
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.ops._backends import Kernel
+from pykern.ops._backends import Kernel, native, triton
 
 MOST_EXPERTS = 1024
 MOST_CHOSEN = 32
@@ -30,9 +30,12 @@ def _sort_lacks(expert_ids: Tensor, num_experts: int) -> str | None:
     return None if num_experts <= MOST_EXPERTS else f"takes up to {MOST_EXPERTS} experts, not {num_experts}"
 
 
-ROUTE: dict[str, Kernel] = {}
-ROUTE_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _route_lacks)
-ROUTE_BACKWARD: dict[str, Kernel] = {}
-ROUTE_BACKWARD_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _route_backward_lacks)
-SORT: dict[str, Kernel] = {}
-SORT_LACKS = dict.fromkeys(("cuda", "triton", "cpu"), _sort_lacks)
+ROUTE: dict[str, Kernel] = {"triton": triton("moe_route", "moe_route"), "cpu": native("cpu", "moe_route")}
+ROUTE_LACKS = dict.fromkeys(("triton", "cpu"), _route_lacks)
+ROUTE_BACKWARD: dict[str, Kernel] = {
+    "triton": triton("moe_route", "moe_route_backward"),
+    "cpu": native("cpu", "moe_route_backward"),
+}
+ROUTE_BACKWARD_LACKS = dict.fromkeys(("triton", "cpu"), _route_backward_lacks)
+SORT: dict[str, Kernel] = {"triton": triton("moe_sort", "moe_sort"), "cpu": native("cpu", "moe_sort")}
+SORT_LACKS = dict.fromkeys(("triton", "cpu"), _sort_lacks)

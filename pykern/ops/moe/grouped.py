@@ -4,7 +4,6 @@ Rows are gathered on load and scattered on store as in ScatterMoE (Tan et al., a
 copy of the tokens is kept.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._spec import Sample, define, define_backward
+from pykern.ops._backends import triton
+from pykern.ops._spec import define, define_backward
 from pykern.ops.moe._common import FLOAT_DTYPES, checks_on_host
 from pykern.ops.moe._products import (
     grouped_mm_backward_sliced,
@@ -20,6 +20,7 @@ from pykern.ops.moe._products import (
     grouped_mm_sliced,
     jagged_length,
 )
+from pykern.ops.moe.grouped_samples import bad_groups, grouped_samples
 from pykern.ops.norm import check_like
 
 
@@ -132,76 +133,6 @@ def _torch_grouped_mm(
     return out if scatter is None else torch.zeros_like(out).index_copy(0, scatter, out)
 
 
-def _samples(kind: str, make: Any) -> Iterator[Sample]:
-    def ends(*values: int) -> Tensor:
-        return make.tensor([float(v) for v in values]).to(torch.int32)
-
-    def even(groups: int, rows: int) -> Tensor:
-        return (torch.arange(1, groups + 1, device=make.device) * (rows // groups)).int()
-
-    if kind == "bench":
-        part = 1 if make.device.type == "cuda" else 8  # of the experts' width and of the rows, to fit a CPU
-        for name, experts, width, size, rows in (("mixtral", 8, 28672, 4096, 4096), ("qwen3", 128, 1536, 2048, 8192)):
-            weight = make(experts, width // part, size, scale=0.02).mT
-            args = (make(rows // part, size), weight, even(experts, rows // part), None, None, None, None)
-            yield Sample(f"{name}/{part} gate_up {rows // part} rows", args)
-        return
-    none = (None, None, None, None)
-    yield Sample("rows", (make(11, 8), make(3, 8, 16), ends(4, 9, 11), *none))
-    yield Sample("rows, transposed weight", (make(11, 8), make(3, 16, 8).mT, ends(4, 9, 11), *none))
-    yield Sample("odd sizes", (make(13, 7), make(3, 7, 5), ends(2, 3, 13), *none))
-    yield Sample("empty groups and rows behind", (make(10, 6), make(5, 6, 3), ends(0, 4, 4, 7, 7), *none))
-    yield Sample("every group empty", (make(4, 6), make(3, 6, 3), ends(0, 0, 0), *none))
-    yield Sample("all to the last", (make(9, 6), make(4, 6, 3), ends(0, 0, 0, 9), *none))
-    yield Sample("one row", (make(1, 5), make(2, 5, 4), ends(0, 1), *none))
-    yield Sample("no rows", (make(0, 5), make(2, 5, 4), ends(0, 0), *none))
-    yield Sample("empty sum", (make(3, 0), make(2, 0, 4), ends(1, 3), *none))
-    yield Sample("rows apart", (make(10, 3, 8)[:, 1], make(2, 8, 4), ends(6, 10), *none))
-    yield Sample("bias of each group", (make(9, 6), make(3, 6, 5), ends(4, 4, 8), make(3, 5), None, None, None))
-    yield Sample("one bias", (make(9, 6), make(3, 6, 5), ends(4, 4, 9), make(5), None, None, None))
-    gather = make(9, dtype=torch.int64, low=0, high=5)
-    yield Sample("gather", (make(5, 6), make(3, 6, 4), ends(4, 4, 8), None, None, gather, None))
-    scatter = make(9, grad=False).argsort()
-    yield Sample("scatter", (make(9, 6), make(3, 6, 4), ends(4, 4, 8), None, None, None, scatter))
-    yield Sample("both and bias", (make(5, 6), make(3, 6, 4), ends(4, 4, 9), make(3, 4), None, gather, scatter))
-    yield Sample("summands", (make(6, 11), make(11, 5), ends(4, 4, 9), *none))
-    yield Sample("summands, bias", (make(6, 11), make(11, 5), ends(4, 4, 9), make(3, 5), None, None, None))
-    yield Sample("columns", (make(3, 6, 4), make(4, 11), ends(4, 4, 9), *none))
-    yield Sample("batch", (make(3, 6, 4), make(3, 4, 5), None, *none))
-    yield Sample("batch, bias", (make(3, 6, 4), make(3, 4, 5), None, make(3, 5), None, None, None))
-    yield Sample("frozen weight", (make(11, 8), make(3, 8, 16, grad=False), ends(4, 9, 11), *none))
-    yield Sample("frozen rows", (make(11, 8, grad=False), make(3, 8, 16), ends(4, 9, 11), *none))
-    if kind == "full":
-        yield Sample("many tiles", (make(517, 96), make(7, 96, 130), ends(0, 129, 130, 258, 500, 500, 517), *none))
-        yield Sample("64 groups", (make(300, 40), make(64, 40, 24), even(64, 300), *none))
-
-
-def _bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    a, b, offs = make(6, 8), make(2, 8, 4), make.tensor([2.0, 6.0]).int()
-    none = (None, None, None, None)
-    yield "rank", (a[0], b, offs, *none), ValueError, "mat_a: expected 2 or 3 dimensions, got 1"
-    yield (
-        "inner size",
-        (a, make(2, 7, 4), offs, *none),
-        ValueError,
-        r"mat_b: expected shape \(2, 8, 4\), got \(2, 7, 4\)",
-    )
-    yield "batch", (make(3, 6, 8), b, None, *none), ValueError, r"mat_b: expected shape \(3, 8, 4\), got \(2, 8, 4\)"
-    yield "integers", (a.long(), b, offs, *none), TypeError, "mat_a: expected a floating dtype"
-    yield "two dtypes", (a, b.to(torch.float64), offs, *none), TypeError, "mat_b: expected dtype"
-    yield "no offs", (a, b, None, *none), ValueError, "offs: expected where a matrix is 2-D, got None"
-    yield "offs for a batch", (make(2, 6, 8), b, offs, *none), ValueError, "offs: expected None where both are 3-D"
-    yield "length of offs", (a, b, offs[:1], *none), ValueError, r"offs: expected shape \(2,\), got \(1,\)"
-    yield "dtype of offs", (a, b, offs.long(), *none), TypeError, "offs: expected dtype torch.int32, got torch.int64"
-    yield "bias", (a, b, offs, make(3, 4), None, None, None), ValueError, r"bias: expected shape \(2, 4\)"
-    yield "bias of columns", (b, make(4, 6), offs, make(2, 6), None, None, None), ValueError, "bias: expected None for"
-    yield "out_dtype", (a, b, offs, None, torch.int32, None, None), TypeError, "out_dtype: expected a floating dtype"
-    yield "gather", (a, b, offs, None, None, make(6), None), TypeError, "gather: expected dtype torch.int64"
-    long = make(5, dtype=torch.int64, low=0, high=5)
-    yield "scatter", (a, b, offs, None, None, None, long), ValueError, r"scatter: expected shape \(6,\), got \(5,\)"
-    yield "gather a batch", (make(2, 6, 8), b, None, None, None, long, None), ValueError, "gather: expected None unless"
-
-
 def _cost(
     mat_a: Tensor, mat_b: Tensor, offs: Any, bias: Tensor | None, out_dtype: Any, gather: Tensor | None, scatter: Any
 ) -> tuple[float, float]:
@@ -212,6 +143,19 @@ def _cost(
     return 2.0 * outputs * mat_a.shape[-1], moved + index
 
 
+def _triton_lacks(mat_a: Tensor, mat_b: Tensor, offs: Any, bias: Any, out_dtype: torch.dtype | None, *_: Any) -> Any:
+    if (mat_a.dim(), mat_b.dim()) != (2, 3):
+        return f"multiplies groups of rows, a 2-D mat_a by a 3-D mat_b, not {mat_a.dim()}-D by {mat_b.dim()}-D"
+    for dtype in (mat_a.dtype, out_dtype or mat_a.dtype):
+        if dtype == torch.float64:
+            return f"computes fp32, fp16 and bf16, not {dtype}"
+    return None
+
+
+def _triton_backward_lacks(doutput: Tensor | None, *args: Any) -> str | None:
+    return "no gradient to start from" if doutput is None else _triton_lacks(*args[:5])
+
+
 _SCHEMA = (
     "Tensor mat_a, Tensor mat_b, Tensor? offs, Tensor? bias, ScalarType? out_dtype, Tensor? gather, Tensor? scatter"
 )
@@ -220,8 +164,11 @@ _grouped_mm_backward = define_backward(
     f"pykern::grouped_mm_backward(Tensor? doutput, {_SCHEMA}, bool[3] output_mask, *, str? backend=None)"
     " -> (Tensor dmat_a, Tensor dmat_b, Tensor dbias)",
     check=_check_backward,
-    backends={"cpu": grouped_mm_backward_sliced},
-    supports={"cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None},
+    backends={"triton": triton("grouped_mm", "grouped_mm_backward"), "cpu": grouped_mm_backward_sliced},
+    supports={
+        "triton": _triton_backward_lacks,
+        "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
+    },
     cost=lambda doutput, *args: tuple(2 * c for c in _cost(*args[:-1])),
 )
 
@@ -231,10 +178,11 @@ _grouped_mm = define(
     check=_check,
     fake=_fake,
     backward=_grouped_mm_backward,
-    backends={"cpu": grouped_mm_sliced},
+    backends={"triton": triton("grouped_mm", "grouped_mm"), "cpu": grouped_mm_sliced},
+    supports={"triton": _triton_lacks},
     autocast=dict.fromkeys(("mat_a", "mat_b", "bias"), "lower"),
-    samples=_samples,
-    bad=_bad,
+    samples=grouped_samples,
+    bad=bad_groups,
     cost=_cost,
     peers={"torch": _torch, "F.grouped_mm": _torch_grouped_mm},
 )

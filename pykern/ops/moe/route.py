@@ -173,8 +173,9 @@ def _torch(
 
 
 def _cost(logits: Tensor, selection_bias: Tensor | None, replay_ids: Tensor | None, top_k: int, *_: Any) -> Any:
-    """Logits read once, weights and ids written once; a handful of flops a logit."""
-    return 8.0 * logits.numel(), logits.numel() * logits.element_size() + 12.0 * logits.shape[0] * top_k
+    """Logits, bias and recorded ids read once, weights and ids written once; a handful of flops a logit."""
+    read = sum(t.numel() * t.element_size() for t in (logits, selection_bias, replay_ids) if t is not None)
+    return 8.0 * logits.numel(), read + 12.0 * logits.shape[0] * top_k
 
 
 _moe_route_backward = define_backward(

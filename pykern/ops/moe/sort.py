@@ -86,6 +86,8 @@ _moe_sort = define(
         expert_ids.numel() * (expert_ids.element_size() + 16.0) + 4.0 * num_experts,
     ),
     peers={"torch": _torch},
+    # Counting and placing read the ids once each.
+    traffic=lambda backend, *_: 1.4,
 )
 
 
