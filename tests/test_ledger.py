@@ -20,6 +20,9 @@ from pykern.testing.sass import Cost
 
 FAULTS = Path(__file__).parent / "faults"
 ARCHS = ("80", "90a")
+# One of each family.
+OPS = ["layer_norm", "attention", "attention_varlen", "attention_decode", "quantize_4bit", "dequantize_4bit"]
+OPS += ["linear_4bit", "moe_route", "moe_sort", "grouped_mm"]
 WIDE = Cost(32, 0, 0, 1024, {128: 8, 32: 1}, {128: 4}, 0, {"HGMMA": 8}, 4096)
 
 # As nvdisasm writes it, with every form of access that the parser must tell apart.
@@ -317,7 +320,7 @@ def test_bad_targets_are_named(tmp_path: Path) -> None:
             ledger(targets, **options)
 
 
-@pytest.mark.parametrize("family", ["attention", "attention_decode"])
+@pytest.mark.parametrize("family", ["attention", "attention_decode", "quantize_4bit", "dequantize_4bit", "linear_4bit"])
 def test_nothing_spills(family: str) -> None:
     """What is written down; other tests hold the kernels to it."""
     for book in json.loads((ledgers.FOLDER / f"{family}.json").read_text()).values():
@@ -335,7 +338,7 @@ def test_attentions_products_are_on_tensor_cores() -> None:
             assert wanted in {name.split(".")[0] for name in entry["cost"]["tensor"]}, key
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "attention", "attention_varlen", "attention_decode"])
+@pytest.mark.parametrize("op", OPS)
 def test_pykerns_triton_kernels_keep_to_their_ledger(
     op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -262,11 +262,11 @@ def test_linear_is_dequantise_and_multiply(options: dict) -> None:
         y = linear_4bit(x, weight, bias)
         assert y.dtype == dtype and y.shape == (2, 5, 24)
         decoded = dequantize_4bit(weight, dtype)
-        assert torch.equal(y, F.linear(x, decoded, bias))
         dy = normal(2, 5, 24, seed=4).to(dtype)
         dx, db = torch.autograd.grad(y, (x, bias), dy)
-        exact = (dy.double() @ decoded.double()).to(dtype), dy.double().sum((0, 1)).to(dtype)
-        for got, expected in zip((dx, db), exact, strict=True):
+        product = F.linear(x.double(), decoded.double(), bias.double())
+        exact = product, dy.double() @ decoded.double(), dy.double().sum((0, 1))
+        for got, expected in zip((y, dx, db), exact, strict=True):
             assert (got - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
 
 
@@ -308,24 +308,25 @@ def test_the_input_of_a_frozen_layer_is_not_kept_for_its_backward() -> None:
 KERNELS = [name for name in backends(pykern.catalogue()["linear_4bit"], "cpu") if name != "reference"]
 
 
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_no_less_exact_than_dequantise_and_multiply(backend: str, dtype: torch.dtype) -> None:
+def test_no_less_exact_than_dequantise_and_multiply(backend: str, dtype: torch.dtype, gradient: bool) -> None:
     weight = quantize_4bit(normal(256, 512, seed=1), double_quant=True)
-    decoded = dequantize_4bit(weight, torch.float64)
+    decoded, rounded = dequantize_4bit(weight, torch.float64), dequantize_4bit(weight, dtype)
     spec = pykern.catalogue()["linear_4bit"]
-    for rows in (1, 5, 24):
-        x, dy = normal(rows, 512, seed=2).to(dtype).requires_grad_(), normal(rows, 256, seed=3).to(dtype)
-        if spec.why_not(backend, (x, *weight.arguments, None)) is not None:
-            continue  # fp32 with many rows, which another backend serves
-        for gradient in (False, True):
-            if gradient and spec.gradient.op.why_not(backend, (dy, x, *weight.arguments, None, [True, False])):
-                continue
-            with pykern.backend(backend):
-                y = linear_4bit(x if gradient else x.detach(), weight)
-                ours = torch.autograd.grad(y, x, dy)[0] if gradient else y
-            rounded = dequantize_4bit(weight, dtype)
-            theirs = dy @ rounded if gradient else F.linear(x.detach(), rounded)
-            exact = dy.double() @ decoded if gradient else x.detach().double() @ decoded.T
-            # A hundredth, since sums in another order fall to either side.
-            assert (ours - exact).norm() <= 1.01 * (theirs - exact).norm()
+    ours, theirs = [], []
+    for rows in (1, 4, 5, 24, 33):
+        x, dy = normal(rows, 512, seed=rows).to(dtype), normal(rows, 256, seed=rows + 1).to(dtype)
+        args = (x, *weight.arguments, None)
+        op, given = (spec.gradient.op, (dy, *args, [True, False])) if gradient else (spec, args)
+        if op.why_not(backend, given) is not None:
+            continue  # another one serves it: CUDA has no fp32 but for few rows
+        with pykern.backend(backend):
+            result = op.compute(given, backend)[0] if gradient else linear_4bit(x, weight)
+        exact = dy.double() @ decoded if gradient else x.double() @ decoded.T
+        ours.append((result - exact).norm())
+        theirs.append(((dy @ rounded if gradient else F.linear(x, rounded)) - exact).norm())
+    assert ours or (dtype, gradient) == (torch.float32, True)
+    # A fiftieth, since in fp32 sums in another order fall to either side.
+    assert not ours or torch.stack(ours).norm() <= 1.02 * torch.stack(theirs).norm()

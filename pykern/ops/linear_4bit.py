@@ -110,6 +110,7 @@ _linear_4bit = define(
     bad=_linear_4bit_bad,
     cost=lambda input, *rest: linear_4bit_cost(input, rest[:-1]),
     peers={"torch": linear_4bit_reference},
+    traffic=lambda backend, *_: 1.02,
     # Besides the result the decoded weight is rounded to the input's dtype, as in dequantise and multiply.
     tolerance=3.0,
 )

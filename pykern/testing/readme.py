@@ -195,6 +195,7 @@ def render(text: str) -> str:
         "attention_packed_speed": lambda: speed_table(RESULTS / "cpu-attention-packed.json"),
         "traffic": lambda: traffic_table(RESULTS / "traffic-norms.json"),
         "attention_traffic": lambda: traffic_table(RESULTS / "traffic-attention.json"),
+        "weight_traffic": lambda: traffic_table(RESULTS / "traffic-4bit.json"),
         "ledger": lambda: ledger_table(sorted((ROOT / "benchmarks" / "ledger").glob("*.json"))),
         "training": lambda: training_table(RESULTS / "cpu-training.json"),
         "demo": lambda: demo_table(RESULTS / "cpu-demo.json"),
