@@ -111,5 +111,5 @@ class TestCommand:
         assert lines == ["triton_traffic::twice triton 3000 numbers: 1.500 times the cost, the limit is 1.0"]
 
     def test_no_kernel_to_count(self, capsys):
-        assert traffic.traffic(("moe_route",)) == 1
+        assert traffic.traffic(("quantize_absmax",)) == 1
         assert "has a kernel that could be counted here" in capsys.readouterr().out

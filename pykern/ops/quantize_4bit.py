@@ -150,7 +150,10 @@ _quantize_4bit = define(
     supports=QUANTIZE_LACKS,
     samples=quantize_4bit_samples,
     bad=bad_quantize_4bit,
-    cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
+    cost=lambda weight, _, blocksize: (
+        4.0 * weight.numel(),
+        weight.numel() * (weight.element_size() + 0.5 + 4 / blocksize),
+    ),
 )
 
 _quantize_absmax = define(
@@ -174,7 +177,10 @@ _quantize_int4 = define(
     supports=QUANTIZE_INT4_LACKS,
     samples=quantize_int4_samples,
     bad=bad_quantize_int4,
-    cost=lambda weight, *_: (4.0 * weight.numel(), weight.numel() * (weight.element_size() + 0.5)),
+    cost=lambda weight, blocksize, _, scale_dtype: (
+        4.0 * weight.numel(),
+        weight.numel() * (weight.element_size() + 0.5 + (scale_dtype.itemsize + 1) / blocksize),
+    ),
 )
 
 

@@ -16,6 +16,9 @@ def quantize_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
     if kind == "bench":
         yield Sample("nf4 4096x14336", (make(4096, 14336, grad=False), "nf4", 64))
         return
+    if kind == "traffic":
+        yield Sample("nf4 256x512", (make(256, 512, grad=False), "nf4", 64))
+        return
     for quant_type in TABLES:
         yield Sample(f"{quant_type} 8x128", (make(8, 128, grad=False), quant_type, 64))
         yield Sample(f"{quant_type} straddling", (make(7, 48, grad=False), quant_type, 32))
@@ -36,6 +39,9 @@ def quantize_4bit_samples(kind: str, make: Any) -> Iterator[Sample]:
 def quantize_int4_samples(kind: str, make: Any) -> Iterator[Sample]:
     if kind == "bench":
         yield Sample("4096x14336 groups of 128", (make(4096, 14336, grad=False), 128, False, torch.bfloat16))
+        return
+    if kind == "traffic":
+        yield Sample("256x512 groups of 128", (make(256, 512, grad=False), 128, False, torch.bfloat16))
         return
     for name, symmetric in (("symmetric", True), ("asymmetric", False)):
         yield Sample(f"{name} 8x128", (make(8, 128, grad=False), 64, symmetric, make.dtype))

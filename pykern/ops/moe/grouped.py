@@ -139,7 +139,7 @@ def _cost(
     out = _fake(mat_a, mat_b, offs, bias, out_dtype, gather, scatter)
     outputs = out.numel() / (out.shape[0] if mat_a.dim() == mat_b.dim() == 2 else 1)
     index = 8.0 * out.shape[0] * ((gather is not None) + (scatter is not None))
-    moved = sum(t.numel() * t.element_size() for t in (mat_a, mat_b, out, bias) if t is not None)
+    moved = sum(t.numel() * t.element_size() for t in (mat_a, mat_b, out, bias, offs) if t is not None)
     return 2.0 * outputs * mat_a.shape[-1], moved + index
 
 

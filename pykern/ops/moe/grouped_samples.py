@@ -24,6 +24,9 @@ def grouped_samples(kind: str, make: Any) -> Iterator[Sample]:
             yield Sample(f"{name}/{part} gate_up {rows // part} rows", args)
         return
     none = (None, None, None, None)
+    if kind == "traffic":
+        yield Sample("rows", (make(64, 256), make(2, 256, 64), ends(32, 64), *none))
+        return
     yield Sample("rows", (make(11, 8), make(3, 8, 16), ends(4, 9, 11), *none))
     yield Sample("rows, transposed weight", (make(11, 8), make(3, 16, 8).mT, ends(4, 9, 11), *none))
     yield Sample("odd sizes", (make(13, 7), make(3, 7, 5), ends(2, 3, 13), *none))
