@@ -35,7 +35,7 @@ _DKDV = {
     "packed, fp32": {
         32: Config(16, 16, 8, 1),
         64: Config(16, 32, 8, 1),
-        128: Config(16, 16, 4, 1),
+        128: Config(16, 16, 4, 2),
         256: Config(16, 16, 8, 1),
     },
     "packed, plain": {
