@@ -7,36 +7,15 @@ bits that dense attention gives it alone. (In the backward dense attention has a
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pykern.kernels.attention import run_forward
 from pykern.kernels.attention_backward import is_exact, run_backward
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.kernels.attention_scores import LOG2E, Band, score_arguments
 from pykern.kernels.attention_tiles import Operands
 from torch import Tensor
-
-
-class VarlenCall(NamedTuple):
-    """The arguments of the op, in its order; shapes, types and meaning are documented with it in pykern/ops."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    seqused_k: Tensor | None
-    block_table: Tensor | None
-    rng: Tensor | None
-    dropout_p: float
-    scale: float
-    window_left: int | None
-    window_right: int | None
-    softcap: float | None
 
 
 def _pages(call: VarlenCall) -> tuple[Tensor, Tensor]:

@@ -4,24 +4,18 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../tensors.h"
 #include "attention.h"
+#include "compiled.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace pykern {
 
 using Optional = std::optional<Tensor>;
-
-template <class Kernels>
-const Kernels& compiled(const Kernels* table) {
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
 
 inline const AttentionForwardKernels& forward_kernels() { return compiled(&PYKERN_CHOOSE(attention_forward)); }
 inline const AttentionBackwardKernels& backward_kernels() { return compiled(&PYKERN_CHOOSE(attention_backward)); }
@@ -70,22 +64,6 @@ inline void store_rounded(const std::vector<double>& sums, Tensor& gradient) {
   std::copy(sums.begin(), sums.end(), static_cast<float*>(rounded.data_ptr()));
   torch::stable::copy_(gradient, rounded);
 }
-
-// One thread's memory.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 127) / 64 * 64))) {
-    STD_TORCH_CHECK(memory_, "no memory for attention: ", floats, " floats");
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  const std::unique_ptr<float, Free> memory_;
-};
 
 // The work on `rows` rows and `keys` keys, of which each pair costs `columns` products, in parallel()'s elements.
 inline int64_t work(int64_t rows, int64_t keys, int64_t columns) { return rows * keys * (columns + 16) / 64; }

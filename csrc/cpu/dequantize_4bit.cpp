@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../weight4bit_ops.h"
+#include "compiled.h"
 #include "parallel.h"
 
 namespace pykern {
@@ -12,11 +13,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-const Dequantize4bitKernels& kernels() {
-  static const Dequantize4bitKernels* const table = &PYKERN_CHOOSE(dequantize_4bit);
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
+const Dequantize4bitKernels& kernels() { return compiled(&PYKERN_CHOOSE(dequantize_4bit)); }
 
 // Whether the values go past the caches, which saves reading what is to be overwritten; where that pays, as for norms.
 bool past_caches(const Tensor& out, const Weight4bit& weight) {

@@ -3,22 +3,17 @@
 
 #include "linear_4bit.h"
 
-#include <cstdlib>
-#include <memory>
+#include <algorithm>
 
 #include "../linear_4bit_ops.h"
+#include "compiled.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace pykern {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-template <class Kernels>
-const Kernels& compiled(const Kernels* table) {
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
 
 const LinearKernels& kernels() { return compiled(&PYKERN_CHOOSE(linear_4bit)); }
 const FewRowsKernels& few_rows_kernels() { return compiled(&PYKERN_CHOOSE(linear_4bit_rows)); }
@@ -33,33 +28,18 @@ Tensor floats_of(const Tensor& t) {
   return copy;
 }
 
-class Floats {
- public:
-  explicit Floats(int64_t count)
-      : memory_(static_cast<float*>(std::aligned_alloc(64, parts(count * sizeof(float), 64) * 64))) {
-    STD_TORCH_CHECK(memory_, "no memory for a linear layer: ", count, " floats");
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  const std::unique_ptr<float, Free> memory_;
-};
-
 void multiply_few(const LinearCall& call, DType dtype) {
   const FewRowsKernels& table = few_rows_kernels();
   FewRows few = {};
   few.call = call;
   few.stride = table.prepared(call.weight);
-  const Floats prepared(few.stride * call.rows);
+  const Scratch prepared(few.stride * call.rows);
   for (int64_t row = 0; row < call.rows; ++row)
     few.has_nan[row] =
         table.prepare[index(dtype)](call.weight, call.left, row, prepared.get() + row * few.stride);
   few.prepared = prepared.get();
   parallel(call.columns, call.depth, [&](int64_t begin, int64_t end) {
-    const Floats scratch(table.scratch(call.weight));
+    const Scratch scratch(table.scratch(call.weight));
     table.run[index(dtype)](few, {begin, end}, scratch.get());
   });
 }
@@ -74,7 +54,7 @@ void multiply_spans(const LinearCall& call, LinearKernels::Multiply multiply) {
   const int64_t columns = parts(units, std::min(units, parts(wanted, row_spans))) * table.column_unit;
   const int64_t column_spans = parts(call.columns, columns);
   parallel(column_spans * row_spans, rows * columns * call.depth, [&](int64_t begin, int64_t end) {
-    const Floats scratch(table.scratch);
+    const Scratch scratch(table.scratch);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / column_spans * rows, column = task % column_spans * columns;
       multiply(

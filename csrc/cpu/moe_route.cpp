@@ -6,17 +6,14 @@
 #include <memory>
 
 #include "../moe_ops.h"
+#include "compiled.h"
 #include "norm.h"
 #include "parallel.h"
 
 namespace pykern {
 namespace {
 
-const RouteKernels& kernels() {
-  static const RouteKernels* const table = &PYKERN_CHOOSE(moe_route);
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
+const RouteKernels& kernels() { return compiled(&PYKERN_CHOOSE(moe_route)); }
 
 struct CpuRoute {
   explicit CpuRoute(const Tensor& logits) : dtype(dtype_of(logits, "logits")) {}

@@ -6,16 +6,13 @@
 #include <memory>
 
 #include "../norm_ops.h"
+#include "compiled.h"
 #include "parallel.h"
 
 namespace pykern {
 namespace {
 
-const NormKernels& kernels() {
-  static const NormKernels* const table = &PYKERN_CHOOSE(norm);
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
+const NormKernels& kernels() { return compiled(&PYKERN_CHOOSE(norm)); }
 
 int index(DType dtype) { return static_cast<int>(dtype); }
 

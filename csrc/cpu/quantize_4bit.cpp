@@ -10,16 +10,13 @@
 #include <vector>
 
 #include "../weight4bit_ops.h"
+#include "compiled.h"
 #include "parallel.h"
 
 namespace pykern {
 namespace {
 
-const Quantize4bitKernels& kernels() {
-  static const Quantize4bitKernels* const table = &PYKERN_CHOOSE(quantize_4bit);
-  STD_TORCH_CHECK(table, "pykern's CPU kernels were not compiled for this processor");
-  return *table;
-}
+const Quantize4bitKernels& kernels() { return compiled(&PYKERN_CHOOSE(quantize_4bit)); }
 
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& weight, std::string quant_type, int64_t blocksize) {
   STD_TORCH_CHECK(quant_type == "nf4" || quant_type == "fp4", "quant_type must be nf4 or fp4, not ", quant_type);

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pykern.ops.attention_core import DecodeCall, DenseCall, VarlenCall
+from pykern.kernels.attention_calls import VarlenCall
+from pykern.ops.attention_core import DecodeCall, DenseCall
 from pykern.ops.attention_torch import key_lengths
 
 

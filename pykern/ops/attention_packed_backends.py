@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.ops._backends import Kernel, native, triton
 from pykern.ops.attention_backends import LARGEST_HEAD, MOST_QUERIES, cpu_lacks
-from pykern.ops.attention_core import DecodeCall, VarlenCall
+from pykern.ops.attention_core import DecodeCall
 
 
 def _too_large(size: int, value_size: int) -> str | None:

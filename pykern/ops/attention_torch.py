@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.ops._philox import keep_mask, row_index
-from pykern.ops.attention_core import DecodeCall, DenseCall, VarlenCall
+from pykern.ops.attention_core import DecodeCall, DenseCall
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.ops._philox import draw_rng, keep_mask
 from pykern.ops._spec import define, define_backward
 from pykern.ops.attention_checks import checks_on_host, window_bounds
 from pykern.ops.attention_core import (
     Scoring,
-    VarlenCall,
     attend,
     default_scale,
     key_padding,

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.ops.attention_checks import (
     check_heads,
     check_integers,
@@ -13,7 +14,7 @@ from pykern.ops.attention_checks import (
     check_scoring,
     require,
 )
-from pykern.ops.attention_core import VarlenCall, statistic_dtype
+from pykern.ops.attention_core import statistic_dtype
 
 
 def check_varlen(*args: Any) -> None:

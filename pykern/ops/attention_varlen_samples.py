@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykern.kernels.attention_calls import VarlenCall
 from pykern.ops._spec import Sample
-from pykern.ops.attention_core import VarlenCall
 from pykern.ops.attention_samples import Bad, random_slopes
 
 _CAUSAL = {"window_right": 0}

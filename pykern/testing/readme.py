@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import pykern
-from pykern.ops._spec import Sample
+from pykern.ops._spec import OpSpec, Sample
 from pykern.ops.attention_decode_samples import decode_features
 from pykern.ops.attention_samples import dense_features
 from pykern.ops.attention_varlen_samples import varlen_features
@@ -35,18 +35,19 @@ def feature_table(op: str, features: Callable[[Any], Iterable[Sample]]) -> str:
     for label, sample in rows:
         cells = []
         for name, chain in columns.items():
-            forward = _first(chain, spec.supports, *sample.args)
+            forward = _first(chain, spec, *sample.args)
             backward = forward
             if spec.gradient.op.backends:
-                backward = _first(chain, spec.gradient.op.supports, None, None, *sample.args, None, None, None)
+                backward = _first(chain, spec.gradient.op, None, None, *sample.args, None, None, None)
             served = "kernel" if forward == name else forward
             cells.append(served if forward == backward else f"{served}, backward {backward}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _first(backends: Sequence[str], supports: dict[str, Any], *args: Any) -> str:
-    return next((name for name in backends if supports[name](*args) is None), "reference")
+def _first(backends: Sequence[str], spec: OpSpec, *args: Any) -> str:
+    found = (name for name in backends if name in spec.backends and spec.supports[name](*args) is None)
+    return next(found, "reference")
 
 
 def speed_table(path: Path) -> str:
@@ -106,14 +107,10 @@ def weight_formats_table() -> str:
         cells = []
         for op in ops:
             for name, chain in columns.items():
-                served = "" if op not in calls else _first_of(*calls[op], chain)
+                served = "" if op not in calls else _first(chain, calls[op][0], *calls[op][1])
                 cells.append("kernel" if served == name else served)
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _first_of(spec: Any, args: Sequence[Any], backends: Sequence[str]) -> str:
-    return _first([name for name in backends if name in spec.backends], spec.supports, *args)
 
 
 def traffic_table(path: Path) -> str:
