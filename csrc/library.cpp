@@ -17,6 +17,10 @@ extern "C" __attribute__((visibility("default"))) void pykern_poison_memory(bool
 #define PYKERN_WEIGHT_4BIT                                                                                   \
   "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, Tensor? code," \
   " Tensor? zero_points, int[] shape, int blocksize"
+// A low-rank adapter, and a stack of them of which every row of the input names one.
+#define PYKERN_LORA \
+  "Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? dora_scale, float scaling, float dropout_p, Tensor? rng"
+#define PYKERN_MULTI_LORA "Tensor lora_a, Tensor lora_b, Tensor adapter_ids, Tensor? bias, Tensor scaling"
 
 PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -75,6 +79,25 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def(
       "linear_4bit_backward(Tensor? dy, Tensor input, " PYKERN_WEIGHT_4BIT ", Tensor? bias, bool[2] output_mask)"
       " -> (Tensor dinput, Tensor dbias)");
+  m.def("lora_linear(Tensor input, Tensor weight, " PYKERN_LORA ") -> Tensor y");
+  m.def(
+      "lora_linear_backward(Tensor? dy, Tensor input, Tensor weight, " PYKERN_LORA ", bool[6] output_mask)"
+      " -> (Tensor dinput, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias, Tensor ddora_scale)");
+  m.def("lora_linear_4bit(Tensor input, " PYKERN_WEIGHT_4BIT ", " PYKERN_LORA ") -> Tensor y");
+  m.def(
+      "lora_linear_4bit_backward(Tensor? dy, Tensor input, " PYKERN_WEIGHT_4BIT ", " PYKERN_LORA
+      ", bool[5] output_mask)"
+      " -> (Tensor dinput, Tensor dlora_a, Tensor dlora_b, Tensor dbias, Tensor ddora_scale)");
+  m.def("multi_lora_linear(Tensor input, Tensor weight, " PYKERN_MULTI_LORA ") -> Tensor y");
+  m.def(
+      "multi_lora_linear_backward(Tensor? dy, Tensor input, Tensor weight, " PYKERN_MULTI_LORA ", bool[6] output_mask)"
+      " -> (Tensor dinput, Tensor dweight, Tensor dlora_a, Tensor dlora_b, Tensor dbias, Tensor dscaling)");
+  m.def("multi_lora_linear_4bit(Tensor input, " PYKERN_WEIGHT_4BIT ", " PYKERN_MULTI_LORA ") -> Tensor y");
+  m.def(
+      "multi_lora_linear_4bit_backward(Tensor? dy, Tensor input, " PYKERN_WEIGHT_4BIT ", " PYKERN_MULTI_LORA
+      ", bool[5] output_mask)"
+      " -> (Tensor dinput, Tensor dlora_a, Tensor dlora_b, Tensor dbias, Tensor dscaling)");
+  m.def("dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor norm");
   m.def(
       "moe_route(Tensor logits, Tensor? selection_bias, Tensor? replay_ids, int top_k, str score, bool renormalize,"
       " int num_groups, int top_groups, str group_score, float scale) -> (Tensor weights, Tensor expert_ids)");

@@ -3,7 +3,6 @@
 LoRA: Hu et al., arXiv:2106.09685. DoRA: Liu et al., arXiv:2402.09353. QLoRA: Dettmers et al., arXiv:2305.14314.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,26 +13,22 @@ from pykern.ops._philox import draw_rng, keep_mask, row_index
 from pykern.ops._spec import define, define_backward
 from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.dequantize_4bit import dequantize_4bit
+from pykern.ops.dora_norm import dora_norm
 from pykern.ops.linear_4bit import check_linear_4bit
-from pykern.ops.lora_samples import (
-    bad_dora_norm,
-    bad_lora,
-    bad_lora_4bit,
-    dora_norm_samples,
-    lora_samples,
-    lora_samples_4bit,
+from pykern.ops.lora_backends import (
+    LORA,
+    LORA_4BIT,
+    LORA_4BIT_BACKWARD,
+    LORA_4BIT_BACKWARD_LACKS,
+    LORA_4BIT_LACKS,
+    LORA_BACKWARD,
+    LORA_BACKWARD_LACKS,
+    LORA_LACKS,
 )
+from pykern.ops.lora_common import check_adapter, check_base, decode_wide, lora_cost, low_rank, widened
+from pykern.ops.lora_samples import bad_lora, bad_lora_4bit, lora_samples, lora_samples_4bit
 from pykern.ops.norm import check_like
 from pykern.ops.weight4bit_checks import weight_bytes
-
-
-def widened(x: Tensor) -> Tensor:
-    """In the dtype that is computed in: fp32, and fp64 for fp64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def low_rank(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    return F.linear(F.linear(x, widened(lora_a)), widened(lora_b))
 
 
 def lora_linear_reference(
@@ -71,45 +66,6 @@ def lora_linear_4bit_reference(input: Tensor, *rest: Any) -> Tensor:
     return lora_linear_reference(input, decode_wide(input, rest[:9]), *rest[9:])
 
 
-def decode_wide(input: Tensor, weight: Sequence[Any]) -> Tensor:
-    """A 4-bit weight in the dtype that is computed in, so that it need not be rounded to the input's."""
-    return decode(*weight, torch.float64 if input.dtype == torch.float64 else torch.float32)
-
-
-def dora_norm_reference(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    adapted = widened(weight) + scaling * (widened(lora_b) @ widened(lora_a))
-    return torch.linalg.vector_norm(adapted, dim=-1)
-
-
-def check_base(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """The argument errors of a linear layer with a float weight."""
-    torch._check_type(input.is_floating_point(), lambda: f"input: expected a floating dtype, got {input.dtype}")
-    torch._check_value(
-        weight.dim() == 2, lambda: f"weight: expected a weight of shape (out, in), got {tuple(weight.shape)}"
-    )
-    torch._check_value(
-        input.dim() > 0 and input.shape[-1] == weight.shape[1],
-        lambda: (
-            f"input: expected shape (…, {weight.shape[1]}) for a weight of shape {tuple(weight.shape)}, "
-            f"got {tuple(input.shape)}"
-        ),
-    )
-    check_like("weight", weight, input, weight.shape, (input.dtype,))
-    check_like("bias", bias, input, (weight.shape[0],), (input.dtype, torch.float32))
-
-
-def check_adapter(input: Tensor, out: int, lora_a: Tensor, lora_b: Tensor, *adapters: int) -> None:
-    """The shapes (*adapters, r, in) and (*adapters, out, r), and the dtype: the input's or fp32."""
-    lead = ", ".join([*map(str, adapters), ""])
-    torch._check_value(
-        lora_a.dim() == len(adapters) + 2 and lora_a.shape[-2] > 0,
-        lambda: f"lora_a: expected shape ({lead}r, {input.shape[-1]}) with r > 0, got {tuple(lora_a.shape)}",
-    )
-    rank = lora_a.shape[-2]
-    check_like("lora_a", lora_a, input, (*adapters, rank, input.shape[-1]), (input.dtype, torch.float32))
-    check_like("lora_b", lora_b, input, (*adapters, out, rank), (lora_a.dtype,))
-
-
 def _check_rest(
     input: Tensor,
     out: int,
@@ -144,20 +100,6 @@ def _check_4bit(input: Tensor, *rest: Any) -> None:
     weight, (lora_a, lora_b, bias, dora_scale, _, dropout_p, rng) = rest[:9], rest[9:]
     check_linear_4bit(input, weight, bias)
     _check_rest(input, weight[-2][0], lora_a, lora_b, dora_scale, dropout_p, rng)
-
-
-def _check_dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> None:
-    torch._check_type(weight.is_floating_point(), lambda: f"weight: expected a floating dtype, got {weight.dtype}")
-    torch._check_value(weight.dim() == 2, lambda: f"weight: expected shape (out, in), got {tuple(weight.shape)}")
-    check_adapter(weight, weight.shape[0], lora_a, lora_b)
-
-
-def lora_cost(input: Tensor, out: int, weight: float, lora_a: Tensor, lora_b: Tensor) -> tuple[float, float]:
-    """`weight` in bytes; every tensor moved once, the rank product kept on chip."""
-    n, rank = lora_a.shape[-2:][::-1]
-    rows = input.numel() // max(n, 1)
-    adapter = (lora_a.numel() + lora_b.numel()) * lora_a.element_size()
-    return 2.0 * rows * (n * out + rank * (n + out)), weight + adapter + rows * (n + out) * input.element_size()
 
 
 def _cost(input: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *_: Any) -> tuple[float, float]:
@@ -198,6 +140,8 @@ _lora_linear_backward = define_backward(
         _check(input, weight, *rest[:-1]),
         check_like("dy", dy, input, (*input.shape[:-1], weight.shape[0]), (input.dtype,)),
     ),
+    backends=LORA_BACKWARD,
+    supports=LORA_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost(*rest),
 )
 
@@ -206,6 +150,8 @@ _lora_linear = define(
     reference=lora_linear_reference,
     check=_check,
     fake=lambda input, weight, *_: input.new_empty((*input.shape[:-1], weight.shape[0])),
+    backends=LORA,
+    supports=LORA_LACKS,
     backward=_lora_linear_backward,
     autocast=dict.fromkeys(("input", "weight", "lora_a", "lora_b", "bias"), "lower"),
     samples=lora_samples,
@@ -221,6 +167,8 @@ _lora_linear_4bit_backward = define_backward(
         _check_4bit(input, *rest[:-1]),
         check_like("dy", dy, input, (*input.shape[:-1], rest[7][0]), (input.dtype,)),
     ),
+    backends=LORA_4BIT_BACKWARD,
+    supports=LORA_4BIT_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost_4bit(*rest),
 )
 
@@ -229,27 +177,14 @@ _lora_linear_4bit = define(
     reference=lora_linear_4bit_reference,
     check=_check_4bit,
     fake=lambda input, *rest: input.new_empty((*input.shape[:-1], rest[7][0])),
+    backends=LORA_4BIT,
+    supports=LORA_4BIT_LACKS,
     backward=_lora_linear_4bit_backward,
     autocast=dict.fromkeys(("input", "lora_a", "lora_b", "bias"), "lower"),
     samples=lora_samples_4bit,
     bad=bad_lora_4bit,
     cost=_cost_4bit,
     peers={"torch": lambda input, *rest: _peft(input, decode(*rest[:9], input.dtype), *rest[9:])},
-)
-
-_dora_norm = define(
-    "pykern::dora_norm(Tensor weight, Tensor lora_a, Tensor lora_b, float scaling, *, str? backend=None)"
-    " -> Tensor norm",
-    reference=dora_norm_reference,
-    check=_check_dora_norm,
-    fake=lambda weight, *_: weight.new_empty(
-        weight.shape[0], dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32
-    ),
-    samples=dora_norm_samples,
-    bad=bad_dora_norm,
-    cost=lambda weight, lora_a, lora_b, _: lora_cost(
-        lora_a, weight.shape[0], weight.numel() * weight.element_size(), lora_a, lora_b
-    ),
 )
 
 
@@ -305,5 +240,5 @@ def _dora_scale(
     weight = dequantize_4bit(weight, input.dtype) if isinstance(weight, Weight4bit) else weight.detach()
     if magnitude.shape != weight.shape[:1]:
         raise ValueError(f"magnitude: expected shape {tuple(weight.shape[:1])}, got {tuple(magnitude.shape)}")
-    norm = _dora_norm(weight, lora_a.detach(), lora_b.detach(), scaling)
+    norm = dora_norm(weight, lora_a.detach(), lora_b.detach(), scaling)
     return magnitude / torch.where(norm > 0, norm, 1.0)

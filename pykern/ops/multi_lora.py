@@ -13,7 +13,17 @@ from torch import Tensor
 from pykern.ops._spec import define, define_backward
 from pykern.ops._weight4bit import SCHEMA, Weight4bit, decode
 from pykern.ops.linear_4bit import check_linear_4bit
-from pykern.ops.lora import check_adapter, check_base, decode_wide, lora_cost, low_rank, widened
+from pykern.ops.lora_backends import (
+    MULTI,
+    MULTI_4BIT,
+    MULTI_4BIT_BACKWARD,
+    MULTI_4BIT_BACKWARD_LACKS,
+    MULTI_4BIT_LACKS,
+    MULTI_BACKWARD,
+    MULTI_BACKWARD_LACKS,
+    MULTI_LACKS,
+)
+from pykern.ops.lora_common import check_adapter, check_base, decode_wide, lora_cost, low_rank, widened
 from pykern.ops.lora_samples import bad_multi, bad_multi_4bit, multi_samples, multi_samples_4bit
 from pykern.ops.norm import check_like
 from pykern.ops.weight4bit_checks import weight_bytes
@@ -111,6 +121,8 @@ _multi_lora_linear_backward = define_backward(
         _check(input, weight, *rest[:-1]),
         check_like("dy", dy, input, (*input.shape[:-1], weight.shape[0]), (input.dtype,)),
     ),
+    backends=MULTI_BACKWARD,
+    supports=MULTI_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost(*rest),
 )
 
@@ -119,6 +131,8 @@ _multi_lora_linear = define(
     reference=multi_lora_linear_reference,
     check=_check,
     fake=lambda input, weight, *_: input.new_empty((*input.shape[:-1], weight.shape[0])),
+    backends=MULTI,
+    supports=MULTI_LACKS,
     backward=_multi_lora_linear_backward,
     autocast=dict.fromkeys(("input", "weight", "lora_a", "lora_b", "bias"), "lower"),
     samples=multi_samples,
@@ -134,6 +148,8 @@ _multi_lora_linear_4bit_backward = define_backward(
         _check_4bit(input, *rest[:-1]),
         check_like("dy", dy, input, (*input.shape[:-1], rest[7][0]), (input.dtype,)),
     ),
+    backends=MULTI_4BIT_BACKWARD,
+    supports=MULTI_4BIT_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost_4bit(*rest),
 )
 
@@ -142,6 +158,8 @@ _multi_lora_linear_4bit = define(
     reference=multi_lora_linear_4bit_reference,
     check=_check_4bit,
     fake=lambda input, *rest: input.new_empty((*input.shape[:-1], rest[7][0])),
+    backends=MULTI_4BIT,
+    supports=MULTI_4BIT_LACKS,
     backward=_multi_lora_linear_4bit_backward,
     autocast=dict.fromkeys(("input", "lora_a", "lora_b", "bias"), "lower"),
     samples=multi_samples_4bit,
