@@ -207,7 +207,7 @@ class PackedAttention {
     if (count == 0) return;
     const int64_t pairs_each = static_cast<int64_t>(std::min(pairs_ * shape_.heads / count, 0x1p30));
     std::atomic<int64_t> next = 0;
-    parallel(count, work(1, pairs_each, columns), [&](int64_t, int64_t) {
+    on_threads(threads_for(count, work(1, pairs_each, columns)), [&] {
       const Scratch scratch(scratch_floats);
       AttentionCall call;
       AttentionGradients gradients;

@@ -12,7 +12,9 @@ from pykern.ops import _backends
 from pykern.ops._backends import BackendError, is_emulation, resolved, unavailable
 
 AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
+_PLAIN = frozenset(
+    (torch.Tensor, torch.nn.Parameter, torch.Size, torch.dtype, type(None), bool, int, float, str, list, tuple)
+)
 _probing: int | None = None  # the thread in which `probe` is asking
 
 

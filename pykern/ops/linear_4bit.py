@@ -28,15 +28,16 @@ def check_linear_4bit(input: Tensor, weight: Sequence[Any], bias: Tensor | None)
     """The argument errors of every op that multiplies by a 4-bit weight."""
     check_weight(*weight)
     codes, shape = weight[0], weight[-2]
-    torch._check_type(input.is_floating_point(), lambda: f"input: expected a floating dtype, got {input.dtype}")
-    torch._check_value(len(shape) == 2, lambda: f"weight: expected a weight of shape (out, in), got {tuple(shape)}")
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected a floating dtype, got {input.dtype}")
+    if len(shape) != 2:
+        raise ValueError(f"weight: expected a weight of shape (out, in), got {tuple(shape)}")
     torch._check_value(
         input.dim() > 0 and input.shape[-1] == shape[1],
         lambda: f"input: expected shape (…, {shape[1]}) for a weight of shape {tuple(shape)}, got {tuple(input.shape)}",
     )
-    torch._check_value(
-        codes.device == input.device, lambda: f"weight: expected device {input.device} as the input, got {codes.device}"
-    )
+    if codes.device != input.device:
+        raise ValueError(f"weight: expected device {input.device} as the input, got {codes.device}")
     check_like("bias", bias, input, (shape[0],), (input.dtype, torch.float32))
 
 

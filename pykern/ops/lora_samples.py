@@ -20,6 +20,18 @@ def _rest(make: Any, n: int, out: int, rank: int) -> tuple[Any, ...]:
     return make(rank, n, scale=n**-0.5), make(out, rank, scale=rank**-0.5), make(out), None, 2.0, 0.0, None
 
 
+# Width, rank and rows of the input: square layers, as query projections are.
+_LARGE = {
+    "bench": [(n, rank, rows) for n, rank in ((2048, 16), (4096, 16), (4096, 64)) for rows in (16, 512, 2048)],
+    "traffic": [(512, 16, 16), (512, 16, 256)],
+}
+
+
+def _bare(make: Any, size: int, rank: int) -> tuple[Any, ...]:
+    """An adapter without bias, dropout or DoRA."""
+    return *_rest(make, size, size, rank)[:2], None, None, 2.0, 0.0, None
+
+
 def _variants(make: Any, n: int, out: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Every feature once, as the arguments behind the weight."""
     a, b, bias, *_ = _rest(make, n, out, 4)
@@ -35,11 +47,10 @@ def _variants(make: Any, n: int, out: int) -> Iterator[tuple[str, tuple[Any, ...
 
 
 def lora_samples(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        for size, rank, rows in ((4096, 16, 16), (4096, 16, 2048), (4096, 64, 2048)):
-            weight = make(size, size, grad=False)
-            rest = (*_rest(make, size, size, rank)[:2], None, None, 2.0, 0.0, None)
-            yield Sample(f"llama-8b q_proj, r {rank}, {rows} rows", (make(rows, size), weight, *rest))
+    if kind in _LARGE:
+        for size, rank, rows in _LARGE[kind]:
+            args = (make(rows, size), make(size, size, grad=False), *_bare(make, size, rank))
+            yield Sample(f"{size}x{size}, r {rank}, {rows} rows", args)
         return
     yield Sample("trained weight", (make(5, 24), make(16, 24), *_rest(make, 24, 16, 4)))
     yield Sample("frozen weight", (make(2, 5, 33), make(17, 33, grad=False), *_rest(make, 33, 17, 3)))
@@ -48,6 +59,9 @@ def lora_samples(kind: str, make: Any) -> Iterator[Sample]:
     yield Sample("no tokens", (make(0, 24), make(16, 24), *_rest(make, 24, 16, 4)))
     yield Sample("strided", (make(24, 6).t(), make(24, 16).t(), *_rest(make, 24, 16, 4)))
     yield Sample("rank above the sizes", (make(5, 8), make(9, 8, grad=False), *_rest(make, 8, 9, 32)))
+    yield Sample("tiles", (make(70, 160), make(136, 160, grad=False), *_rest(make, 160, 136, 20)))
+    a, b, bias, *_ = _rest(make, 104, 72, 24)
+    yield Sample("many rows, dropout", (make(300, 104), make(72, 104), a, b, bias, None, 2.0, 0.1, _rng(make)))
     for name, rest in _variants(make, 24, 16):
         yield Sample(name, (make(7, 24), make(16, 24), *rest))
     if kind == "full":
@@ -55,24 +69,27 @@ def lora_samples(kind: str, make: Any) -> Iterator[Sample]:
 
 
 def lora_samples_4bit(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        weight = quantize_4bit(make(4096, 4096), double_quant=True)
-        for rank, rows in ((16, 16), (16, 512), (64, 2048)):
-            rest = (*_rest(make, 4096, 4096, rank)[:2], None, None, 2.0, 0.0, None)
-            yield Sample(
-                f"llama-8b q_proj, nf4 nested, r {rank}, {rows} rows", (make(rows, 4096), *weight.arguments, *rest)
-            )
+    if kind in _LARGE:
+        for size, rank, rows in _LARGE[kind]:
+            weight = quantize_4bit(make(size, size), double_quant=True)
+            args = (make(rows, size), *weight.arguments, *_bare(make, size, rank))
+            yield Sample(f"nf4 nested {size}x{size}, r {rank}, {rows} rows", args)
         return
     for name, weight in format_weights(make):
         yield Sample(name, (make(3, 24), *weight.arguments, *_rest(make, 24, 16, 4)))
     weight = quantize_4bit(make(16, 24), blocksize=32)
     for name, rest in _variants(make, 24, 16):
         yield Sample(name, (make(7, 24), *weight.arguments, *rest))
+    weight = quantize_4bit(make(136, 160), double_quant=True)
+    yield Sample("tiles", (make(70, 160), *weight.arguments, *_rest(make, 160, 136, 20)))
+    a, b, bias, *_ = _rest(make, 160, 136, 24)
+    yield Sample("many rows, dropout", (make(300, 160), *weight.arguments, a, b, bias, None, 2.0, 0.1, _rng(make)))
 
 
 def dora_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        yield Sample("llama-8b q_proj, r 16", (make(4096, 4096), make(16, 4096), make(4096, 16), 2.0))
+    if kind in ("bench", "traffic"):
+        size = {"bench": 4096, "traffic": 512}[kind]
+        yield Sample(f"{size}x{size}, r 16", (make(size, size), make(16, size), make(size, 16), 2.0))
         return
     yield Sample("16x24", (make(16, 24), make(4, 24), make(16, 4), 0.5))
     yield Sample("frozen weight", (make(7, 33, grad=False), make(1, 33), make(7, 1), 2.0))
@@ -137,16 +154,20 @@ def _multi_rest(make: Any, tokens: int, n: int, out: int, count: int, rank: int)
     return *adapters, ids, make(out), make(count, scale=0.1, grad=False) + 1
 
 
+_LARGE_MULTI = {"bench": (4096, (16, 512)), "traffic": (512, (64,))}
+
+
 def _frozen(args: tuple[Tensor, ...]) -> list[Tensor]:
     return [a.detach() for a in args]
 
 
 def multi_samples(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        for tokens in (16, 2048):
-            rest = _multi_rest(make, tokens, 4096, 4096, 8, 16)
-            args = (make(tokens, 4096), make(4096, 4096, grad=False), *rest)
-            yield Sample(f"llama-8b q_proj, 8 adapters of rank 16, {tokens} tokens", args)
+    if kind in _LARGE_MULTI:
+        size, lengths = _LARGE_MULTI[kind]
+        for tokens in lengths:
+            rest = _multi_rest(make, tokens, size, size, 8, 16)
+            args = (make(tokens, size), make(size, size, grad=False), *rest)
+            yield Sample(f"{size}x{size}, 8 adapters of rank 16, {tokens} tokens", args)
         return
     yield Sample("trained weight", (make(21, 24), make(16, 24), *_multi_rest(make, 21, 24, 16, 3, 4)))
     yield Sample("batch of sequences", (make(2, 5, 33), make(17, 33, grad=False), *_multi_rest(make, 10, 33, 17, 2, 3)))
@@ -162,13 +183,16 @@ def multi_samples(kind: str, make: Any) -> Iterator[Sample]:
     rest = (*wide, ids.int(), bias, make(3, dtype=torch.float32, grad=False))
     yield Sample("fp32 adapters, int32 ids", (make(12, 24), make(16, 24), *rest))
     yield Sample("strided", (make(24, 30).t(), make(24, 16).t(), *_multi_rest(make, 30, 24, 16, 2, 4)))
+    yield Sample("tiles", (make(150, 160), make(136, 160, grad=False), *_multi_rest(make, 150, 160, 136, 3, 20)))
 
 
 def multi_samples_4bit(kind: str, make: Any) -> Iterator[Sample]:
-    if kind == "bench":
-        weight = quantize_4bit(make(4096, 4096), double_quant=True)
-        args = (make(16, 4096), *weight.arguments, *_multi_rest(make, 16, 4096, 4096, 8, 16))
-        yield Sample("llama-8b q_proj, nf4 nested, 8 adapters of rank 16, 16 tokens", args)
+    if kind in _LARGE_MULTI:
+        size, lengths = _LARGE_MULTI[kind]
+        weight = quantize_4bit(make(size, size), double_quant=True)
+        for tokens in lengths:
+            args = (make(tokens, size), *weight.arguments, *_multi_rest(make, tokens, size, size, 8, 16))
+            yield Sample(f"nf4 nested {size}x{size}, 8 adapters of rank 16, {tokens} tokens", args)
         return
     for name, weight in format_weights(make):
         yield Sample(name, (make(7, 24), *weight.arguments, *_multi_rest(make, 7, 24, 16, 3, 4)))

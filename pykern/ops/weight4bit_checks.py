@@ -23,24 +23,26 @@ def check_weight(
     blocksize: int,
 ) -> None:
     """Raises where a tensor is not of the size that shape and format call for, so that nothing is read beyond it."""
+    # Plain tests, but of sizes, which can be unknown when compiling: torch._check costs a microsecond.
+    if len(shape) == 0:
+        raise ValueError("weight.shape: expected at least one dimension, got none")
+    if blocksize <= 0:
+        raise ValueError(f"weight.blocksize: expected a positive number, got {blocksize}")
     count = math.prod(shape)
-    torch._check_value(len(shape) > 0, lambda: "weight.shape: expected at least one dimension, got none")
-    torch._check_value(blocksize > 0, lambda: f"weight.blocksize: expected a positive number, got {blocksize}")
     uint8, wide = (torch.uint8,), (torch.float32, torch.float64)
     expected = [("codes", codes, uint8, ((count + 1) // 2,))]
     if code is None:
         groups = (*shape[:-1], -(-shape[-1] // blocksize))
-        torch._check_value(nested_absmax is None, lambda: "weight.nested_absmax: int4 scales are not quantised")
+        if nested_absmax is not None:
+            raise ValueError("weight.nested_absmax: int4 scales are not quantised")
         narrow = (torch.float16, torch.bfloat16)
         expected += [("absmax", absmax, wide + narrow, groups), ("zero_points", zero_points, uint8, groups)]
     else:
         blocks = -(-count // blocksize)
-        nested = (nested_absmax, nested_code, nested_offset)
-        torch._check_value(
-            all(t is None for t in nested) or all(t is not None for t in nested),
-            lambda: "weight: nested_absmax, nested_code and nested_offset belong together, only some were given",
-        )
-        torch._check_value(zero_points is None, lambda: "weight.zero_points: only int4 has zero points")
+        if not (nested_absmax is None) == (nested_code is None) == (nested_offset is None):
+            raise ValueError("weight: nested_absmax, nested_code and nested_offset belong together, only some were given")
+        if zero_points is not None:
+            raise ValueError("weight.zero_points: only int4 has zero points")
         expected += [
             ("absmax", absmax, wide if nested_absmax is None else uint8, (blocks,)),
             ("code", code, wide, (16,)),
