@@ -38,11 +38,12 @@ lint: $(ready)
 	$(python) -m ruff format --check .
 
 # Two processes of one thread each: more threads than cores make torch's OpenMP crawl. The second run holds the Triton
-# kernels against the references in Triton's interpreter, which has to be on before Triton is imported.
+# kernels against the references and their limits of traffic in Triton's interpreter, which has to be on before Triton
+# is imported.
 test: export OMP_NUM_THREADS = 1
 test: lint
 	$(python) -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/test_ops.py $(ARGS)
+	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/test_ops.py tests/test_traffic.py $(ARGS)
 
 demo: $(ready)
 	$(python) -m pykern demo $(ARGS)
