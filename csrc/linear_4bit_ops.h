@@ -37,6 +37,23 @@ struct LinearShape {
   std::vector<int64_t> input_sizes, output_sizes;
 };
 
+inline Sizes sizes_of(const std::vector<int64_t>& sizes) { return Sizes(sizes.data(), sizes.size()); }
+
+// A vector of so many elements, of the input's dtype or fp32.
+inline void check_vector(const Tensor& t, const char* name, int64_t count, const LinearShape& shape) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count, name, " must have shape (", count, ",)");
+  const DType dtype = dtype_of(t, name);
+  STD_TORCH_CHECK(dtype == shape.dtype || dtype == DType::f32, name, " must have the dtype of input or float32");
+}
+
+inline void check_dy(const Tensor& dy, const LinearShape& shape) {
+  const Sizes given = dy.sizes();
+  STD_TORCH_CHECK(
+      std::equal(given.begin(), given.end(), shape.output_sizes.begin(), shape.output_sizes.end()),
+      "dy must have the shape of the output");
+  STD_TORCH_CHECK(dtype_of(dy, "dy") == shape.dtype, "dy must have the dtype of input");
+}
+
 // The ops, given `Linear`, one call's work on one device. A Linear is made from input, of which only shape, dtype and
 // device count, and has
 //   Tensor empty(Sizes, DType) const;  // on input's device
@@ -65,7 +82,7 @@ class LinearOps {
     const LinearShape shape(input, sizes);
     const WeightOf weight(
         codes, absmax, nested_absmax, nested_code, nested_offset, code, zero_points, sizes, blocksize);
-    if (bias) check_bias(*bias, shape);
+    if (bias) check_vector(*bias, "bias", shape.out, shape);
     const Linear linear(input);
     Tensor y = linear.empty(sizes_of(shape.output_sizes), shape.dtype);
     if (shape.rows == 0 || shape.out == 0) return y;
@@ -87,7 +104,7 @@ class LinearOps {
     const LinearShape shape(input, sizes);
     const WeightOf weight(
         codes, absmax, nested_absmax, nested_code, nested_offset, code, zero_points, sizes, blocksize);
-    if (bias) check_bias(*bias, shape);
+    if (bias) check_vector(*bias, "bias", shape.out, shape);
     if (dy) check_dy(*dy, shape);
     const Linear linear(input);
     const bool zero = !dy || shape.rows == 0 || shape.out == 0;
@@ -102,22 +119,6 @@ class LinearOps {
       else linear.backward_bias(*dy, shape, dbias);
     }
     return {dinput, dbias};
-  }
-
-  static Sizes sizes_of(const std::vector<int64_t>& sizes) { return Sizes(sizes.data(), sizes.size()); }
-
-  static void check_bias(const Tensor& bias, const LinearShape& shape) {
-    STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == shape.out, "bias must have shape (", shape.out, ",)");
-    const DType dtype = dtype_of(bias, "bias");
-    STD_TORCH_CHECK(dtype == shape.dtype || dtype == DType::f32, "bias must have the dtype of input or float32");
-  }
-
-  static void check_dy(const Tensor& dy, const LinearShape& shape) {
-    const Sizes given = dy.sizes();
-    STD_TORCH_CHECK(
-        std::equal(given.begin(), given.end(), shape.output_sizes.begin(), shape.output_sizes.end()),
-        "dy must have the shape of the output");
-    STD_TORCH_CHECK(dtype_of(dy, "dy") == shape.dtype, "dy must have the dtype of input");
   }
 };
 

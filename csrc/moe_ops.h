@@ -34,9 +34,9 @@ class ExpertIdsOf {
 
 // The ops, given `Route`, one call's work on one device. A Route is made from logits and has
 //   Tensor empty(Sizes, int32_t dtype) const;  // on logits' device
-//   void forward(const Tensor& logits, const std::optional<Tensor>& bias, const ExpertIds* replay, const Router&,
+//   void forward(const Tensor& logits, const std::optional<Tensor>& bias, const ExpertIdsOf* replay, const Router&,
 //                const Tensor& weights, const Tensor& ids) const;
-//   void backward(const Tensor& dweights, const Tensor& logits, const ExpertIds&, const Router&,
+//   void backward(const Tensor& dweights, const Tensor& logits, const ExpertIdsOf&, const Router&,
 //                 const Tensor& dlogits) const;
 // which write all of their outputs, contiguous. There is at least one token and one slot. Shapes are checked; dweights
 // is contiguous fp32; logits have any strides, a bias any strides and any DType.
@@ -82,7 +82,7 @@ class RouteOps {
     const int64_t sizes[2] = {tokens, top_k};
     const Tensor weights = route.empty(Sizes(sizes, 2), aoti_torch_dtype_float32());
     const Tensor ids = route.empty(Sizes(sizes, 2), aoti_torch_dtype_int64());
-    if (tokens > 0) route.forward(logits, bias, recorded ? &recorded->ids : nullptr, router, weights, ids);
+    if (tokens > 0) route.forward(logits, bias, recorded ? &*recorded : nullptr, router, weights, ids);
     return {weights, ids};
   }
 
@@ -105,7 +105,7 @@ class RouteOps {
     STD_TORCH_CHECK(dtype_of(*dweights, "dweights") == DType::f32, "dweights must be float32");
     const ExpertIdsOf chosen(expert_ids);
     const Tensor gradient = dweights->is_contiguous() ? *dweights : torch::stable::contiguous(*dweights);
-    if (tokens > 0) route.backward(gradient, logits, chosen.ids, router, dlogits);
+    if (tokens > 0) route.backward(gradient, logits, chosen, router, dlogits);
     return dlogits;
   }
 
@@ -139,7 +139,7 @@ class RouteOps {
 
 // The op, given `Sort`, made from expert_ids, with
 //   Tensor empty(Sizes, int32_t dtype) const;  // on expert_ids' device
-//   void sort(const ExpertIds&, int64_t slots, int experts, const Tensor& order, const Tensor& inverse,
+//   void sort(const ExpertIdsOf&, int64_t slots, int experts, const Tensor& order, const Tensor& inverse,
 //             const Tensor& offs) const;
 // which writes all outputs. There is at least one slot.
 template <class Sort>
@@ -158,7 +158,7 @@ class SortOps {
     const Tensor order = sorter.empty(Sizes(&slots, 1), aoti_torch_dtype_int64());
     const Tensor inverse = sorter.empty(Sizes(&slots, 1), aoti_torch_dtype_int64());
     Tensor offs = sorter.empty(Sizes(&experts, 1), aoti_torch_dtype_int32());
-    if (slots > 0) sorter.sort(given.ids, slots, static_cast<int>(experts), order, inverse, offs);
+    if (slots > 0) sorter.sort(given, slots, static_cast<int>(experts), order, inverse, offs);
     else torch::stable::zero_(offs);
     return {order, inverse, offs};
   }

@@ -22,62 +22,8 @@ from pykern.kernels.linear_4bit_config import FUSED_ROWS, LEAST, linear_config, 
 from pykern.kernels.linear_4bit_gemv import serves as gemv_serves
 from pykern.kernels.linear_4bit_gemv import vector_product
 from pykern.kernels.norm import as_rows, on
-from pykern.kernels.weight4bit import EXACT, block_scale, block_zero, centred, contiguous, in_order, load
+from pykern.kernels.weight4bit import EXACT, contiguous, load_weight
 from torch import Tensor
-
-
-@triton.jit
-def _load_weight(
-    codes,
-    absmax,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    code,
-    zero_points,
-    table,
-    row,
-    live,
-    part,
-    columns,
-    dtype: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """(ROWS, COLUMNS) of the weight: its rows `row` (ROWS, 1) where `live`, its columns from part · COLUMNS on.
-
-    The arguments are those of _linear_kernel, and `table`: the values of all codes, (16,), None for int4. They are
-    looked up in shared memory, where 16 neighbouring numbers have no bank conflicts. Global memory would have the same
-    rate, but the compiler prefetches whatever a product in a loop depends on, each looked up value by itself.
-    """
-    byte = tl.arange(0, COLUMNS // 2)[None, :]
-    mask = live
-    if not WHOLE:
-        mask &= byte * 2 < columns - part * COLUMNS
-    packed = load(codes + row * (columns // 2) + (part * (COLUMNS // 2) + byte), mask)
-    if ALIGNED:
-        block = row * (columns // BLOCKSIZE) + part * COLUMNS // BLOCKSIZE  # (ROWS, 1)
-        mask = live
-    else:
-        element = part * COLUMNS + byte * 2  # blocks begin with a byte: both of its codes have one scale
-        if code is None:
-            block = row * tl.cdiv(columns, BLOCKSIZE) + element // BLOCKSIZE
-        else:
-            block = (row * columns + element) // BLOCKSIZE
-    scale = block_scale(absmax, nested_absmax, nested_code, nested_offset, block, mask)
-    if code is None:
-        zero = block_zero(zero_points, block, mask)
-        high, low = centred(packed >> 4, zero) * scale, centred(packed & 15, zero) * scale
-        weight = in_order(high.to(dtype), low.to(dtype))
-    else:
-        q = in_order(packed >> 4, packed & 15).to(tl.int32).reshape(ROWS * COLUMNS)
-        if not ALIGNED:
-            scale = in_order(scale, scale)
-        weight = (tl.gather(table, q, 0).reshape(ROWS, COLUMNS) * scale).to(dtype)
-    return weight
 
 
 @triton.jit(do_not_specialize=["rows", "outs", "ins", "x_row", "splits"])
@@ -143,7 +89,7 @@ def _linear_kernel(
             w_row, part = place[:, None], tile
         else:
             w_row, part = column.reshape(BLOCK_N, 1), step
-        weight = _load_weight(
+        weight = load_weight(
             *tensors,
             table,
             w_row.to(tl.int64),
@@ -195,8 +141,11 @@ def _fused(weight: Any, rows: int) -> bool:
     return rows <= FUSED_ROWS and n % 2 == 0 and (code is not None or blocksize % 2 == 0 or blocksize >= n)
 
 
-def _multiply(x: Tensor, weight: Any, bias: Tensor | None, gradient: bool) -> Tensor:
-    """(rows, in) · Wᵀ + bias, or for the gradient (rows, out) · W; nothing is empty."""
+def _partial_products(x: Tensor, weight: Any, bias: Tensor | None, gradient: bool) -> Tensor:
+    """(splits, rows, width) that add up to (rows, in) · Wᵀ, or for the gradient to (rows, out) · W; nothing is empty.
+
+    A single split is of x's dtype, with `bias` added; several are fp32 without it.
+    """
     *tensors, (outs, ins), blocksize = weight
     code = tensors[5]
     rows, width, depth = len(x), *((ins, outs) if gradient else (outs, ins))
@@ -208,8 +157,7 @@ def _multiply(x: Tensor, weight: Any, bias: Tensor | None, gradient: bool) -> Te
     x_unit = math.gcd(x.stride(0), 16 // x.element_size())
     tiles = triton.cdiv(rows, config.rows) * triton.cdiv(width, config.columns)
     splits = split_count(config, rows, tiles, triton.cdiv(depth, config.depth), x.device)
-    y = x.new_empty(rows, width)
-    sums = y if splits == 1 else x.new_empty(splits, rows, width, dtype=torch.float32)
+    sums = x.new_empty(splits, rows, width, dtype=x.dtype if splits == 1 else torch.float32)
     constants = {
         "OUT_UNIT": out_unit,
         "IN_UNIT": in_unit,
@@ -224,11 +172,33 @@ def _multiply(x: Tensor, weight: Any, bias: Tensor | None, gradient: bool) -> Te
         tensors = (x, *contiguous(*tensors), bias if splits == 1 else None, sums)
         sizes = (rows, outs // out_unit, ins // in_unit, x.stride(0) // x_unit, splits)
         _linear_kernel[(tiles * splits,)](*tensors, *sizes, **constants, **config.blocks(), **EXACT)
-        if splits > 1:
-            unit = math.gcd(width, 16)
-            grid = (rows, triton.cdiv(width, 512))
-            _add_splits_kernel[grid](sums, bias, y, rows, width // unit, splits, UNIT=unit, BLOCK=512)
+    return sums
+
+
+def add_splits(sums: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Writes the sums (splits, rows, columns) over their first dimension, with `bias` added, into y (rows, columns)."""
+    splits, rows, columns = sums.shape
+    unit = math.gcd(columns, 16)
+    with on(y.device):
+        grid = (rows, triton.cdiv(columns, 512))
+        _add_splits_kernel[grid](sums, bias, y, rows, columns // unit, splits, UNIT=unit, BLOCK=512)
     return y
+
+
+def _multiply(x: Tensor, weight: Any, bias: Tensor | None, gradient: bool) -> Tensor:
+    """(rows, in) · Wᵀ + bias, or for the gradient (rows, out) · W; nothing is empty."""
+    sums = _partial_products(x, weight, bias, gradient)
+    return sums[0] if len(sums) == 1 else add_splits(sums, bias, x.new_empty(sums.shape[1:]))
+
+
+def base_products(x: Tensor, weight: Any, gradient: bool) -> Tensor:
+    """`_multiply` without bias, as (splits, rows, width) for a kernel that adds something of its own."""
+    if len(x) == 1 and not gradient and gemv_serves(weight):
+        return vector_product(x.contiguous().view(-1), weight, None).view(1, 1, -1)
+    if _fused(weight, len(x)):
+        return _partial_products(x, weight, None, gradient)
+    dense = dequantize_4bit(*weight, x.dtype)
+    return (x @ (dense if gradient else dense.T)).unsqueeze(0)
 
 
 # The ops' own signatures; shapes, types and meaning are documented with them in pykern/ops.

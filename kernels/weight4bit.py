@@ -53,5 +53,59 @@ def in_order(high, low):
     return tl.join(high, low).reshape(high.shape[0], 2 * high.shape[1])
 
 
+@triton.jit
+def load_weight(
+    codes,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    code,
+    zero_points,
+    table,
+    row,
+    live,
+    part,
+    columns,
+    dtype: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(ROWS, COLUMNS) of the weight: its rows `row` (ROWS, 1) where `live`, its columns from part · COLUMNS on.
+
+    `table`: the values of all codes, (16,), None for int4. They are looked up in shared memory, where 16 neighbouring
+    numbers have no bank conflicts. Global memory would have the same rate, but the compiler prefetches whatever a
+    product in a loop depends on, each looked up value by itself.
+    """
+    byte = tl.arange(0, COLUMNS // 2)[None, :]
+    mask = live
+    if not WHOLE:
+        mask &= byte * 2 < columns - part * COLUMNS
+    packed = load(codes + row * (columns // 2) + (part * (COLUMNS // 2) + byte), mask)
+    if ALIGNED:
+        block = row * (columns // BLOCKSIZE) + part * COLUMNS // BLOCKSIZE  # (ROWS, 1)
+        mask = live
+    else:
+        element = part * COLUMNS + byte * 2  # blocks begin with a byte: both of its codes have one scale
+        if code is None:
+            block = row * tl.cdiv(columns, BLOCKSIZE) + element // BLOCKSIZE
+        else:
+            block = (row * columns + element) // BLOCKSIZE
+    scale = block_scale(absmax, nested_absmax, nested_code, nested_offset, block, mask)
+    if code is None:
+        zero = block_zero(zero_points, block, mask)
+        high, low = centred(packed >> 4, zero) * scale, centred(packed & 15, zero) * scale
+        weight = in_order(high.to(dtype), low.to(dtype))
+    else:
+        q = in_order(packed >> 4, packed & 15).to(tl.int32).reshape(ROWS * COLUMNS)
+        if not ALIGNED:
+            scale = in_order(scale, scale)
+        weight = (tl.gather(table, q, 0).reshape(ROWS, COLUMNS) * scale).to(dtype)
+    return weight
+
+
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]

@@ -16,13 +16,30 @@ __version__ = "0.1.0"
 # Imported at first use: the command line must set OpenMP's variables before torch loads it, and be quick without torch.
 _HOMES = {
     "BackendError": "pykern.ops._backends",
+    "add_lora": "pykern.nn.lora_model",
     "backend": "pykern.ops._backends",
     "catalogue": "pykern.ops._spec",
     "explain": "pykern.ops._spec",
+    "load_adapter": "pykern.nn.lora_adapter",
     "load_quantized": "pykern.nn.load_quantized",
+    "merge_lora": "pykern.nn.lora_model",
     "quantize_model": "pykern.nn.quantize_model",
+    "save_adapter": "pykern.nn.lora_adapter",
 }
-__all__ = ["BackendError", "backend", "catalogue", "explain", "load_quantized", "nn", "ops", "quantize_model"]
+__all__ = [
+    "BackendError",
+    "add_lora",
+    "backend",
+    "catalogue",
+    "explain",
+    "load_adapter",
+    "load_quantized",
+    "merge_lora",
+    "nn",
+    "ops",
+    "quantize_model",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -234,7 +234,7 @@ MAY_IMPORT = {
     "nn": {"ops"},
     "model": {"nn", "ops"},
     "train": {"model", "nn", "ops"},
-    "testing": {"ops", "kernels", "_native", "toolchain", "extension"},
+    "testing": {"ops", "nn", "kernels", "_native", "toolchain", "extension"},
     "integrations": {"nn", "ops"},
     "doctor": {"_native", "_introspect", "toolchain", "ops"},
     "cli": {"doctor", "testing", "train", "model", "nn", "ops"},

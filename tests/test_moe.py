@@ -471,65 +471,6 @@ def test_mixed_devices_are_refused_by_name() -> None:
         moe_load_balancing_loss(logits, ids.to("meta"), 3)
 
 
-# --- losses
-
-
-def test_balanced_routing_costs_top_k() -> None:
-    for score in ("softmax", "sigmoid"):
-        for top_k in (1, 2, 4):
-            ids = (torch.arange(8)[:, None] + torch.arange(top_k)) % 8
-            logits = 5 * F.one_hot(ids[:, 0], 8).double() - 20
-            assert_near(moe_load_balancing_loss(logits, ids, 8, score=score), torch.tensor(float(top_k)).double())
-
-
-def test_collapsed_routing_costs_all_experts() -> None:
-    logits = 100 * F.one_hot(torch.zeros(5).long(), 8).double()
-    assert_near(moe_load_balancing_loss(logits, torch.zeros(5, 1).long(), 8), torch.tensor(8.0).double())
-
-
-def transformers_balance(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The quantity in transformers' definition, token by token."""
-    experts, tokens = logits.shape[1], [t for t in range(len(mask)) if mask[t]]
-    total = torch.zeros((), dtype=torch.float64)
-    for e in range(experts):
-        share = sum((ids[t] == e).sum().item() for t in tokens) / len(tokens)
-        total = total + share * sum(logits[t].softmax(-1)[e] for t in tokens) / len(tokens)
-    return experts * total
-
-
-def test_losses_leave_padding_out() -> None:
-    logits = random(6, 4, grad=True)
-    padded = logits.detach().clone()
-    padded[[1, 4]] = math.nan
-    padded.requires_grad_()
-    ids, mask = moe_route(logits, 2)[1], torch.tensor([[1, 0, 1], [1, 0, 1]])
-    keep = mask.flatten().bool()
-    ours = moe_load_balancing_loss(padded, ids, 4, attention_mask=mask)
-    expected = transformers_balance(logits, ids, keep)
-    assert_near(ours, expected)
-    z, expected_z = moe_z_loss(padded, attention_mask=mask.bool()), logits[keep].logsumexp(-1).square().mean()
-    assert_near(z, expected_z)
-    for loss, other in ((ours, expected), (z, expected_z)):
-        (gradient,) = torch.autograd.grad(loss, padded)
-        assert gradient[~keep].eq(0).all() and gradient[keep].ne(0).any()
-        assert_near(gradient, torch.autograd.grad(other, logits)[0])
-
-
-def test_losses_of_nothing_but_padding_are_zero() -> None:
-    logits, mask = random(3, 4, grad=True), torch.zeros(3, dtype=torch.long)
-    loss = moe_load_balancing_loss(logits, torch.zeros(3, 1).long(), 4, attention_mask=mask)
-    loss = loss + moe_z_loss(logits, attention_mask=mask)
-    loss.backward()
-    assert loss == 0 and logits.grad.eq(0).all()
-
-
-def test_sigmoid_balance_cannot_be_gamed_by_small_scores() -> None:
-    """Normalised probabilities see only differences between experts, however small the sigmoids are."""
-    logits, ids = random(16, 8), torch.randint(0, 8, (16, 2))
-    low = moe_load_balancing_loss(logits.float() - 150, ids, 8, score="sigmoid")
-    assert_near(low, moe_load_balancing_loss(logits.float() - 150, ids, 8), ulps=256)
-
-
 # --- together
 
 

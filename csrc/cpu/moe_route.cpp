@@ -21,7 +21,7 @@ struct CpuRoute {
   Tensor empty(Sizes sizes, int32_t code) const { return empty_of(sizes, code, aoti_torch_device_type_cpu(), 0); }
 
   void forward(
-      const Tensor& logits, const std::optional<Tensor>& bias, const ExpertIds* replay, const Router& router,
+      const Tensor& logits, const std::optional<Tensor>& bias, const ExpertIdsOf* replay, const Router& router,
       const Tensor& weights, const Tensor& ids) const {
     const RowsOf rows(logits);
     std::unique_ptr<float[]> wide_bias;
@@ -35,21 +35,21 @@ struct CpuRoute {
     args.router = router;
     args.logits = rows.rows;
     args.bias = wide_bias.get();
-    if (replay) args.replay = *replay;
+    if (replay) args.replay = replay->ids;
     args.weights = static_cast<float*>(weights.data_ptr());
     args.ids = static_cast<int64_t*>(ids.data_ptr());
     over_tokens(kernels().forward[static_cast<int>(dtype)], args, logits.size(0));
   }
 
   void backward(
-      const Tensor& dweights, const Tensor& logits, const ExpertIds& ids, const Router& router,
+      const Tensor& dweights, const Tensor& logits, const ExpertIdsOf& ids, const Router& router,
       const Tensor& dlogits) const {
     const RowsOf rows(logits);
     RouteBackward args = {};
     args.router = router;
     args.logits = rows.rows;
     args.dweights = static_cast<const float*>(dweights.data_ptr());
-    args.ids = ids;
+    args.ids = ids.ids;
     args.dlogits = dlogits.data_ptr();
     over_tokens(kernels().backward[static_cast<int>(dtype)], args, logits.size(0));
   }

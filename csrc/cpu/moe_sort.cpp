@@ -35,8 +35,9 @@ struct CpuSort {
   Tensor empty(Sizes sizes, int32_t code) const { return empty_of(sizes, code, aoti_torch_device_type_cpu(), 0); }
 
   void sort(
-      const ExpertIds& ids, int64_t slots, int experts, const Tensor& order, const Tensor& inverse,
+      const ExpertIdsOf& given, int64_t slots, int experts, const Tensor& order, const Tensor& inverse,
       const Tensor& offs) const {
+    const ExpertIds& ids = given.ids;
     if (ids.wide) sort(static_cast<const int64_t*>(ids.data), slots, experts, order, inverse, offs);
     else sort(static_cast<const int32_t*>(ids.data), slots, experts, order, inverse, offs);
   }

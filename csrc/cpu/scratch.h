@@ -23,7 +23,7 @@ class Scratch {
   struct Free {
     void operator()(float* memory) const { std::free(memory); }
   };
-  const std::unique_ptr<float, Free> memory_;
+  std::unique_ptr<float, Free> memory_;
 };
 
 }  // namespace pykern

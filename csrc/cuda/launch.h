@@ -41,6 +41,7 @@ class Device {
 
   Tensor empty(Sizes sizes, DType dtype) const;
   Tensor empty_bytes(Sizes sizes) const;
+  Tensor empty_of(Sizes sizes, int32_t dtype) const;  // a dtype's code in torch
 
   // The pointer through which kernels read a tensor, and the one through which they write one that empty() made. The
   // emulator lets kernels touch nothing else; the name is for its messages.
@@ -88,6 +89,10 @@ inline Tensor Device::empty(Sizes sizes, DType dtype) const {
 
 inline Tensor Device::empty_bytes(Sizes sizes) const {
   return pykern::empty_bytes(sizes, aoti_torch_device_type_cuda(), index_);
+}
+
+inline Tensor Device::empty_of(Sizes sizes, int32_t dtype) const {
+  return pykern::empty_of(sizes, dtype, aoti_torch_device_type_cuda(), index_);
 }
 
 inline const void* Device::in(const Tensor& tensor, const char*) const { return tensor.data_ptr(); }
@@ -147,6 +152,11 @@ inline Tensor Device::empty(Sizes sizes, DType dtype) const {
 inline Tensor Device::empty_bytes(Sizes sizes) const {
   poison_memory = true;
   return pykern::empty_bytes(sizes);
+}
+
+inline Tensor Device::empty_of(Sizes sizes, int32_t dtype) const {
+  poison_memory = true;
+  return pykern::empty_of(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 inline void add_region(const Tensor& tensor, bool writable, const char* name) {

@@ -1,4 +1,4 @@
-// Products with 4-bit weights on NVIDIA GPUs: memory, the choice of kernels and of splits. The arithmetic is in
+// Products with 4-bit weights on NVIDIA GPUs: memory and the choice of kernels. The arithmetic is in
 // linear_4bit.cuh and linear_4bit_backward.cuh, with few rows in linear_4bit_gemv.cuh.
 
 #include <pykern/linear_4bit_backward.cuh>
@@ -7,54 +7,25 @@
 #include <array>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 #include "../linear_4bit_ops.h"
 #include "launch.h"
+#include "linear.h"
 #include "linear_4bit_gemv.h"
 #include "weight4bit.h"
 
 namespace pykern {
 namespace {
 
-// How calls are cut: by shapes and the device alone, so that sums are always added in the same order.
-
-// A split writes a number of sums for each row that later are read again. Along these depths its codes are as many
-// bytes as what it writes, and it passes a few times through its ring.
-int64_t least_depth(int tile_rows) { return std::max(512, 8 * tile_rows); }
-
-// Blocks that keep a multiprocessor's tensor cores, or its share of the memory, busy.
-constexpr int kBusyBlocks = 2;
-
-// The fewest splits with which the last block ends about as early as with any number. As many blocks as fit work at a
-// time, each its steps along the depth.
-int64_t split_count(int64_t tiles, int64_t steps, int64_t most, int multiprocessors) {
-  const int64_t slots = int64_t{kBusyBlocks} * multiprocessors;
-  const auto length = [&](int64_t splits) {
-    const int64_t turns = (tiles * splits + slots - 1) / slots;
-    return turns * ((steps + splits - 1) / splits);
-  };
-  int64_t best = length(1);
-  for (int64_t splits = 2; splits <= most; ++splits) best = std::min(best, length(splits));
-  int64_t splits = 1;
-  while (length(splits) * 8 > best * 9) ++splits;  // an eighth longer costs no more than adding up another split
-  return splits;
-}
-
-// The kernels.
-
-struct Choice {
-  void (*kernel)(const LinearArgs);
-  void (*combine)(const LinearArgs, int);
-  int rows, depth, shared_bytes;
-};
+using Choice = LinearKernels<LinearArgs>;
 
 template <class T, int kRows, Scaling kScaling>
 Choice forward_choice() {
-  using Slot = ForwardSlot<kRows>;
+  using Tiles = ForwardTiles<T, kRows, kScaling>;
+  constexpr int kSlotBytes = ForwardSlot<Tiles, kRows>::kBytes;
   return {
-      &linear_4bit_forward<T, kRows, kScaling>, &linear_4bit_combine<T>, kRows, kForwardDepth,
-      Slot::kStages * Slot::kBytes};
+      &linear_4bit_forward<T, kRows, kScaling>, &linear_4bit_combine<T>, kRows, Tiles::kDepth,
+      linear_stages(kSlotBytes) * kSlotBytes};
 }
 
 template <class T, int kRows, Scaling kScaling>
@@ -82,34 +53,6 @@ Choice choice_of(Scaling scaling, int64_t rows) {
   if (scaling == Scaling::nested) return choice_of<kBackward, T, Scaling::nested>(rows);
   return choice_of<kBackward, T, Scaling::groups>(rows);
 }
-
-// Rows of a tensor at one stride, 16-byte aligned if that is asked for; else those of a copy.
-class StridedRows {
- public:
-  StridedRows(const Device& device, const Tensor& given, const char* name, bool aligned) : rows_(given) {
-    stride = rows_.rows.stride[0];
-    const int64_t elements = 16 / given.element_size();
-    const bool is_aligned = reinterpret_cast<uintptr_t>(rows_.rows.data) % 16 == 0 && stride % elements == 0;
-    if (rows_.rows.dims == 1 && (is_aligned || !aligned)) {
-      data = device.in(rows_.tensor, name);
-      return;
-    }
-    std::vector<int64_t> sizes(given.sizes().begin(), given.sizes().end());
-    const int64_t size = sizes.back(), last = static_cast<int64_t>(sizes.size()) - 1;
-    stride = sizes.back() = (size + elements - 1) / elements * elements;
-    copy_ = device.empty(Sizes(sizes.data(), sizes.size()), dtype_of(given, name));
-    Tensor filled = torch::stable::narrow(*copy_, last, 0, size);
-    torch::stable::copy_(filled, given);
-    data = device.in(*copy_, name);
-  }
-
-  const void* data;
-  int64_t stride;
-
- private:
-  RowsOf rows_;
-  std::optional<Tensor> copy_;
-};
 
 class CudaLinear {
  public:
@@ -195,35 +138,15 @@ class CudaLinear {
  private:
   // Whether the kernels on tensor cores compute this.
   static bool tiles_serve(const Weight4bit& weight, const LinearShape& shape) {
-    return shape.dtype != DType::f32 && chunks_have_one_scale(weight) && std::max(shape.in, shape.out) <= kMostColumns;
+    return shape.dtype != DType::f32 && chunks_have_one_scale(weight) &&
+        std::max(shape.in, shape.out) <= kMostLinearColumns;
   }
 
   template <bool kBackward>
   void launch(LinearArgs& args, DType dtype) const {
     const Choice choice = dtype == DType::f16 ? choice_of<kBackward, __half>(args.weight.scaling, args.rows)
                                               : choice_of<kBackward, __nv_bfloat16>(args.weight.scaling, args.rows);
-    const int64_t row_tiles = (args.rows + choice.rows - 1) / choice.rows;
-    const int64_t column_tiles = (int64_t{args.columns} + kLinearColumns - 1) / kLinearColumns;
-    STD_TORCH_CHECK(row_tiles < int64_t{1} << 31, "input has too many rows for one launch: ", args.rows);
-    const int64_t steps = (int64_t{args.depth} + choice.depth - 1) / choice.depth;
-    const int64_t wanted = split_count(
-        row_tiles * column_tiles, steps, std::max<int64_t>(args.depth / least_depth(choice.rows), 1),
-        device_.multiprocessors());
-    args.split_tiles = static_cast<int>((steps + wanted - 1) / wanted);
-    const int splits = static_cast<int>((steps + args.split_tiles - 1) / args.split_tiles);
-    std::optional<Tensor> sums;
-    if (splits > 1) {
-      const std::array<int64_t, 3> sizes = {splits, args.rows, args.padded_columns()};
-      sums = device_.empty(Sizes(sizes.data(), sizes.size()), DType::f32);
-      args.sums = static_cast<float*>(device_.out(*sums, "sums"));
-    }
-    const dim3 grid(
-        static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles), static_cast<unsigned>(splits));
-    device_.launch(choice.kernel, grid, dim3(kLinearThreads), choice.shared_bytes, args);
-    if (splits == 1) return;
-    const int64_t threads = args.rows * (args.padded_columns() / kCombineColumns);
-    const int64_t blocks = (threads + kCombineLinearThreads - 1) / kCombineLinearThreads;
-    device_.launch(choice.combine, dim3(static_cast<unsigned>(blocks)), dim3(kCombineLinearThreads), 0, args, splits);
+    launch_linear(device_, choice, args);
   }
 
   void sum_rows(DType dtype, SumArgs& args, int64_t parts, void* sums, DType type) const {
@@ -241,8 +164,6 @@ class CudaLinear {
     });
     device_.launch(kernel, grid, dim3(kSumThreads), 0, args);
   }
-
-  static constexpr int64_t kMostColumns = 65535 * kLinearColumns;  // tiles in the grid's second dimension
 
   const Device device_;
 };

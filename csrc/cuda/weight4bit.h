@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../weight4bit_ops.h"
+#include "element.h"
 #include "launch.h"
 
 namespace pykern {
@@ -29,14 +30,6 @@ class DeviceWeight {
  private:
   std::optional<Tensor> copy_;
 };
-
-// choose(T()) for the C++ type of dtype.
-template <class Choose>
-auto by_element(DType dtype, const Choose& choose) {
-  if (dtype == DType::f32) return choose(float());
-  if (dtype == DType::f16) return choose(__half());
-  return choose(__nv_bfloat16());
-}
 
 // choose(scaling, S()), scaling the weight's as an integral_constant, S as Scales takes it.
 template <class Choose>

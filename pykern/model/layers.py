@@ -86,6 +86,13 @@ class MoeMlp(nn.Module):
         balance = ops.moe_load_balancing_loss(logits, expert_ids, self.config.num_experts)
         return self.config.balance_coefficient * balance + self.config.router_z_coefficient * ops.moe_z_loss(logits)
 
+    @torch.no_grad()
+    def load(self) -> Tensor:
+        """(num_experts,) fp32: the slots of each expert over the mean, in the last forward pass."""
+        if self.routing is None:
+            raise RuntimeError("load() was called before a forward pass")
+        return ops.moe_load(self.routing[1], self.config.num_experts).fractions * self.config.num_experts
+
     def __getstate__(self) -> dict[str, Any]:
         # The routing hangs on the autograd graph, which copy.deepcopy refuses.
         return {**self.__dict__, "routing": None}

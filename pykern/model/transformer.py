@@ -132,11 +132,18 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor, *, fp32: bool = False) -> Tensor:
         """(…, width) -> (…, vocab_size). With fp32, also under autocast: 16-bit logits are off by tenths of a nat."""
+        if self.head is not None and type(self.head) is not nn.Linear:  # with an adapter: its weight is not all of it
+            with torch.autocast(hidden.device.type, enabled=not fp32 and torch.is_autocast_enabled(hidden.device.type)):
+                return self.head(hidden.float() if fp32 else hidden)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if not fp32:
             return F.linear(hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), weight.float())
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The output layer, by the name that transformers' models have for it; adapters leave it alone."""
+        return self.head
 
     def _sequences(self, tokens: Tensor, packed: Packed | None, cache: KVCache | None) -> Sequences:
         shape = tuple(tokens.shape)
@@ -157,6 +164,11 @@ class Transformer(nn.Module):
         """What the experts add to the loss, of the last forward pass: a scalar, 0 without experts."""
         losses = [block.mlp.auxiliary_loss() for block in self.blocks if isinstance(block.mlp, MoeMlp)]
         return torch.stack(losses).mean() if losses else self.embedding.weight.new_zeros(())
+
+    def expert_load(self) -> Tensor | None:
+        """(layers, num_experts) fp32: slots of each expert over its layer's mean, of the last forward pass, if any."""
+        loads = [block.mlp.load() for block in self.blocks if isinstance(block.mlp, MoeMlp)]
+        return torch.stack(loads) if loads else None
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -120,6 +120,14 @@ class Linear4bit(Scales4bit):
         quantized = cls(ops.quantize_4bit(linear.weight, **options), linear.bias)
         return quantized.train(linear.training)
 
+    def to_linear(self) -> torch.nn.Linear:
+        """A linear layer with the decoded weight, frozen and of the dtype that was quantised, and the same bias."""
+        with torch.device("meta"):
+            linear = torch.nn.Linear(self.in_features, self.out_features, bias=False)
+        linear.weight = torch.nn.Parameter(ops.dequantize_4bit(self.weight4bit), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
     @property
     def weight4bit(self) -> Weight4bit:
         """The weight as ops take it."""

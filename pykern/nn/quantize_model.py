@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from pykern import ops
 from pykern.nn.linear_4bit import Linear4bit, Scales4bit
+from pykern.nn.lora_linear import LowRank
 from pykern.ops import Weight4bit
 
 
@@ -53,7 +54,8 @@ SKIP = ("lm_head", "head", "router", "gate")
 def quantize_model(model: torch.nn.Module, *, skip: Sequence[str] = SKIP, **options: Any) -> torch.nn.Module:
     """Quantises a model's linear layers and fused expert weights to 4 bits, in place and one weight at a time.
 
-    - Every `torch.nn.Linear` (subclasses are left alone) becomes a `pykern.nn.Linear4bit`, with the same bias.
+    - Every `torch.nn.Linear` (subclasses are left alone) becomes a `pykern.nn.Linear4bit`, with the same bias; below an
+      adapter too, where `pykern.add_lora` came first.
     - Every floating 3-D parameter (experts, out, in), with more than one expert, of a module that is not torch's own
       is kept as frozen codes under `parametrizations.<name>` and decoded where it is read
       (`torch.nn.utils.parametrize`). Decoded weights that a gradient needs live until the backward pass; activation
@@ -87,6 +89,25 @@ def quantize_model(model: torch.nn.Module, *, skip: Sequence[str] = SKIP, **opti
     return model
 
 
+def dequantize_model(model: torch.nn.Module) -> torch.nn.Module:
+    """Decodes what `quantize_model` has quantised, in place, to the dtype that it was of.
+
+    Returns:
+        The model, the decoded weights frozen.
+    """
+    names = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Linear4bit):
+            names[id(module)].append(name)
+    for aliases in names.values():
+        replace(model, aliases, model.get_submodule(aliases[0]).to_linear())
+    for module in list(model.modules()):
+        chains = module.parametrizations.items() if parametrize.is_parametrized(module) else ()
+        for name in [name for name, chain in chains if isinstance(chain[0], Decode4bit)]:
+            plain_parameter(module, name)
+    return model
+
+
 def linears(model: torch.nn.Module, skip: Sequence[str]) -> list[list[str]]:
     """The names of each linear layer that is to be quantised; a layer may have several."""
     shared = _shared(model)
@@ -104,7 +125,7 @@ def experts(model: torch.nn.Module, skip: Sequence[str]) -> list[tuple[str, str]
     shared = _shared(model)
     found = []
     for owner, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] == "torch" or isinstance(module, Scales4bit):
+        if type(module).__module__.partition(".")[0] == "torch" or isinstance(module, (LowRank, Scales4bit)):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             fused = parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
@@ -127,6 +148,14 @@ def quantize_parameter(module: torch.nn.Module, name: str, value: Tensor, **opti
     parametrize.register_parametrization(module, name, decode, unsafe=True)  # it changes shape and dtype
     module.register_forward_pre_hook(decode.begin, with_kwargs=True)
     module.register_forward_hook(decode.end, always_call=True)
+
+
+def plain_parameter(module: torch.nn.Module, name: str) -> None:
+    """Makes a plain, frozen parameter of one with parametrizations, of the value that it reads as."""
+    value = getattr(module, name).detach()
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    delattr(module, name)
+    module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _shared(model: torch.nn.Module) -> set[int]:

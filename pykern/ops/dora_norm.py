@@ -10,7 +10,9 @@ from pykern.ops.lora_samples import bad_dora_norm, dora_norm_samples
 
 
 def dora_norm_reference(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    adapted = widened(weight) + scaling * (widened(lora_b) @ widened(lora_a))
+    # Contiguous, because torch adds up the products of strided matrices, and of their gradients, in another order.
+    update = widened(lora_b).contiguous() @ widened(lora_a).contiguous()
+    adapted = widened(weight) + scaling * update
     return torch.linalg.vector_norm(adapted, dim=-1)
 
 

@@ -184,6 +184,8 @@ _lora_linear_4bit = define(
     samples=lora_samples_4bit,
     bad=bad_lora_4bit,
     cost=_cost_4bit,
+    # As in linear_4bit, kernels multiply by a weight rounded to the input's dtype, besides rounding the result.
+    tolerance=3.0,
     peers={"torch": lambda input, *rest: _peft(input, decode(*rest[:9], input.dtype), *rest[9:])},
 )
 
@@ -237,8 +239,11 @@ def _dora_scale(
     input: Tensor, weight: Tensor | Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float, magnitude: Tensor
 ) -> Tensor:
     # Outside the op, whose gradient would else have to leave out the part of its own function that the norm is.
-    weight = dequantize_4bit(weight, input.dtype) if isinstance(weight, Weight4bit) else weight.detach()
+    # Not rounded on its way: an error of the norm is one of every gradient.
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    weight = dequantize_4bit(weight, wide) if isinstance(weight, Weight4bit) else weight.detach()
+    lora_a, lora_b = ((t if t.dtype == weight.dtype else t.to(wide)).detach() for t in (lora_a, lora_b))
     if magnitude.shape != weight.shape[:1]:
         raise ValueError(f"magnitude: expected shape {tuple(weight.shape[:1])}, got {tuple(magnitude.shape)}")
-    norm = dora_norm(weight, lora_a.detach(), lora_b.detach(), scaling)
+    norm = dora_norm(weight, lora_a, lora_b, scaling)
     return magnitude / torch.where(norm > 0, norm, 1.0)

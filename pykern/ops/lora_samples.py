@@ -23,13 +23,19 @@ def _rest(make: Any, n: int, out: int, rank: int) -> tuple[Any, ...]:
 # Width, rank and rows of the input: square layers, as query projections are.
 _LARGE = {
     "bench": [(n, rank, rows) for n, rank in ((2048, 16), (4096, 16), (4096, 64)) for rows in (16, 512, 2048)],
-    "traffic": [(512, 16, 16), (512, 16, 256)],
+    "traffic": [(512, 16, 4)],
 }
 
 
 def _bare(make: Any, size: int, rank: int) -> tuple[Any, ...]:
     """An adapter without bias, dropout or DoRA."""
     return *_rest(make, size, size, rank)[:2], None, None, 2.0, 0.0, None
+
+
+def _deep(make: Any) -> tuple[Any, ...]:
+    """An fp32 adapter with DoRA for a layer (33, 1056), whose sums are long enough to be divided."""
+    wide = make(20, 1056, dtype=torch.float32, scale=1056**-0.5), make(33, 20, dtype=torch.float32)
+    return *wide, make(33), make(33, dtype=torch.float32, scale=0.1) + 1, 2.0, 0.0, None
 
 
 def _variants(make: Any, n: int, out: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -55,7 +61,7 @@ def lora_samples(kind: str, make: Any) -> Iterator[Sample]:
     yield Sample("trained weight", (make(5, 24), make(16, 24), *_rest(make, 24, 16, 4)))
     yield Sample("frozen weight", (make(2, 5, 33), make(17, 33, grad=False), *_rest(make, 33, 17, 3)))
     yield Sample("frozen input", (make(5, 24, grad=False), make(16, 24, grad=False), *_rest(make, 24, 16, 4)))
-    yield Sample("one vector", (make(24), make(16, 24, grad=False), *_rest(make, 24, 16, 4)))
+    yield Sample("one vector", (make(96), make(64, 96, grad=False), *_rest(make, 96, 64, 32)))
     yield Sample("no tokens", (make(0, 24), make(16, 24), *_rest(make, 24, 16, 4)))
     yield Sample("strided", (make(24, 6).t(), make(24, 16).t(), *_rest(make, 24, 16, 4)))
     yield Sample("rank above the sizes", (make(5, 8), make(9, 8, grad=False), *_rest(make, 8, 9, 32)))
@@ -63,7 +69,9 @@ def lora_samples(kind: str, make: Any) -> Iterator[Sample]:
     a, b, bias, *_ = _rest(make, 104, 72, 24)
     yield Sample("many rows, dropout", (make(300, 104), make(72, 104), a, b, bias, None, 2.0, 0.1, _rng(make)))
     for name, rest in _variants(make, 24, 16):
-        yield Sample(name, (make(7, 24), make(16, 24), *rest))
+        yield Sample(name, (make(40, 24), make(16, 24), *rest))
+    yield Sample("few rows", (make(40, 104), make(136, 104, grad=False), *_rest(make, 104, 136, 64)))
+    yield Sample("few rows, deep", (make(16, 1056), make(33, 1056, grad=False), *_deep(make)))
     if kind == "full":
         yield Sample("rank 512", (make(65, 640), make(768, 640), *_rest(make, 640, 768, 512)))
 
@@ -79,11 +87,34 @@ def lora_samples_4bit(kind: str, make: Any) -> Iterator[Sample]:
         yield Sample(name, (make(3, 24), *weight.arguments, *_rest(make, 24, 16, 4)))
     weight = quantize_4bit(make(16, 24), blocksize=32)
     for name, rest in _variants(make, 24, 16):
-        yield Sample(name, (make(7, 24), *weight.arguments, *rest))
+        yield Sample(name, (make(40, 24), *weight.arguments, *rest))
+    deep = quantize_4bit(make(33, 1056))
+    yield Sample("few rows, deep", (make(16, 1056), *deep.arguments, *_deep(make)))
+    groups = quantize_4bit(make(130, 160), quant_type="int4", blocksize=96, symmetric=False)
+    yield Sample("few rows, int4", (make(3, 160), *groups.arguments, *_rest(make, 160, 130, 8)))
     weight = quantize_4bit(make(136, 160), double_quant=True)
+    yield Sample("few rows", (make(40, 160), *weight.arguments, *_rest(make, 160, 136, 64)))
     yield Sample("tiles", (make(70, 160), *weight.arguments, *_rest(make, 160, 136, 20)))
     a, b, bias, *_ = _rest(make, 160, 136, 24)
     yield Sample("many rows, dropout", (make(300, 160), *weight.arguments, a, b, bias, None, 2.0, 0.1, _rng(make)))
+
+
+def lora_features(make: Any, out: int, n: int) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
+    """Every feature, for the table of what serves it: the input, and the arguments behind the weight."""
+    a, b, bias, *_ = _rest(make, n, out, 16)
+    x, scale = make(4, n), make(out, scale=0.1) + 1
+    yield "one adapter, 4 rows", x, (a, b, bias, None, 2.0, 0.0, None)
+    yield "300 rows", make(300, n), (a, b, bias, None, 2.0, 0.0, None)
+    yield "dropout", x, (a, b, bias, None, 2.0, 0.1, _rng(make))
+    yield "DoRA", x, (a, b, bias, scale, 2.0, 0.0, None)
+    yield "DoRA, dropout", x, (a, b, bias, scale, 2.0, 0.1, _rng(make))
+    yield "fp32 adapter on 16 bits", x, (a.float(), b.float(), bias, None, 2.0, 0.0, None)
+
+
+def multi_features(make: Any, out: int, n: int) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
+    """As `lora_features`, for an adapter a token."""
+    yield "an adapter a token, 4 tokens", make(4, n), _multi_rest(make, 4, n, out, 3, 16)
+    yield "300 tokens", make(300, n), _multi_rest(make, 300, n, out, 3, 16)
 
 
 def dora_norm_samples(kind: str, make: Any) -> Iterator[Sample]:
@@ -154,7 +185,7 @@ def _multi_rest(make: Any, tokens: int, n: int, out: int, count: int, rank: int)
     return *adapters, ids, make(out), make(count, scale=0.1, grad=False) + 1
 
 
-_LARGE_MULTI = {"bench": (4096, (16, 512)), "traffic": (512, (64,))}
+_LARGE_MULTI = {"bench": (4096, (16, 512)), "traffic": (512, (4,))}
 
 
 def _frozen(args: tuple[Tensor, ...]) -> list[Tensor]:

@@ -165,6 +165,8 @@ _multi_lora_linear_4bit = define(
     samples=multi_samples_4bit,
     bad=bad_multi_4bit,
     cost=_cost_4bit,
+    # As in linear_4bit, kernels multiply by a weight rounded to the input's dtype, besides rounding the result.
+    tolerance=3.0,
     peers={"torch": lambda input, *rest: _loop(input, decode(*rest[:9], input.dtype), *rest[9:])},
 )
 

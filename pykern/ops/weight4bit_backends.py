@@ -53,7 +53,7 @@ def _linear_backward_lacks(dy: Tensor | None, input: Tensor, *rest: Any) -> str 
     return _linear_lacks(input, *rest[:10])
 
 
-def _cuda_tiles_lack(input: Tensor, *weight: Any) -> str | None:
+def cuda_tiles_lack(input: Tensor, *weight: Any) -> str | None:
     """Why the CUDA kernels on tensor cores do not multiply by this weight."""
     code, (out, n), blocksize = weight[5], weight[7], weight[8]
     if input.dtype == torch.float32:
@@ -71,11 +71,11 @@ def _cuda_linear_lacks(input: Tensor, *rest: Any) -> str | None:
     reason = _linear_lacks(input, *rest)
     if reason or input.numel() <= CUDA_VECTORS * input.shape[-1]:
         return reason
-    return _cuda_tiles_lack(input, *rest[:9])
+    return cuda_tiles_lack(input, *rest[:9])
 
 
 def _cuda_linear_backward_lacks(dy: Tensor | None, input: Tensor, *rest: Any) -> str | None:
-    return _linear_backward_lacks(dy, input, *rest) or _cuda_tiles_lack(input, *rest[:9])
+    return _linear_backward_lacks(dy, input, *rest) or cuda_tiles_lack(input, *rest[:9])
 
 
 QUANTIZE: dict[str, Kernel] = {

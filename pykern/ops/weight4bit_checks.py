@@ -40,7 +40,7 @@ def check_weight(
     else:
         blocks = -(-count // blocksize)
         if not (nested_absmax is None) == (nested_code is None) == (nested_offset is None):
-            raise ValueError("weight: nested_absmax, nested_code and nested_offset belong together, only some were given")
+            raise ValueError("weight: nested_absmax, nested_code and nested_offset belong together, got some of them")
         if zero_points is not None:
             raise ValueError("weight.zero_points: only int4 has zero points")
         expected += [

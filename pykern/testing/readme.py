@@ -5,49 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import pykern
-from pykern.ops._spec import OpSpec, Sample
 from pykern.ops.attention_decode_samples import decode_features
 from pykern.ops.attention_samples import dense_features
 from pykern.ops.attention_varlen_samples import varlen_features
-from pykern.ops.weight4bit_samples import weight_formats
 from pykern.testing.commands import backend_table, forward_ops
-from pykern.testing.inputs import Make
+from pykern.testing.feature_tables import (
+    feature_table,
+    lora_table,
+    moe_layers_table,
+    routers_table,
+    weight_formats_table,
+)
 from pykern.testing.sass import Cost
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def feature_table(op: str, features: Callable[[Any], Iterable[Sample]]) -> str:
-    """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
-    spec = pykern.catalogue()[op]
-    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
-    rows += [(str(d)[6:], next(iter(features(Make("cpu", d))))) for d in (torch.float16, torch.float32, torch.float64)]
-    for label, sample in rows:
-        cells = []
-        for name, chain in columns.items():
-            forward = _first(chain, spec, *sample.args)
-            backward = forward
-            if spec.gradient.op.backends:
-                backward = _first(chain, spec.gradient.op, None, None, *sample.args, None, None, None)
-            served = "kernel" if forward == name else forward
-            cells.append(served if forward == backward else f"{served}, backward {backward}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _first(backends: Sequence[str], spec: OpSpec, *args: Any) -> str:
-    found = (name for name in backends if name in spec.backends and spec.supports[name](*args) is None)
-    return next(found, "reference")
 
 
 def speed_table(path: Path) -> str:
@@ -84,33 +60,6 @@ def rivals_table(path: Path) -> str:
         cells = ["{:.2f} ({:.2f}–{:.2f})".format(*ours["over"][p]) if p in ours["over"] else "" for p in peers]
         lines.append(f"| `{op}` | {sample} | {dtype} | {mode} | {ours['seconds'] * 1e3:.2f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", about(result)])
-
-
-def weight_formats_table() -> str:
-    """Which kernel reads, writes and multiplies by which format of 4-bit weights; what serves in its place if none."""
-    columns = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
-    catalogue, make = pykern.catalogue(), Make("cpu", torch.bfloat16)
-    ops = ("quantize", "dequantize", "linear", "linear backward")
-    lines = ["| | " + " | ".join(f"{op}, {column}" for op in ops for column in columns) + " |"]
-    lines.append("|---|" + "---|" * (len(ops) * len(columns)))
-    for label, options, weight in weight_formats(make):
-        quantizer = catalogue["quantize_int4" if weight.code is None else "quantize_4bit"]
-        calls = {
-            "quantize": (quantizer, options),
-            "dequantize": (catalogue["dequantize_4bit"], (*weight.arguments, torch.bfloat16)),
-        }
-        if len(weight.shape) == 2:
-            x = make(4, weight.shape[1])
-            calls["linear"] = (catalogue["linear_4bit"], (x, *weight.arguments, None))
-            backward = catalogue["linear_4bit"].gradient.op
-            calls["linear backward"] = (backward, (None, x, *weight.arguments, None, [True, False]))
-        cells = []
-        for op in ops:
-            for name, chain in columns.items():
-                served = "" if op not in calls else _first(chain, calls[op][0], *calls[op][1])
-                cells.append("kernel" if served == name else served)
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def traffic_table(path: Path) -> str:
@@ -186,6 +135,9 @@ def render(text: str) -> str:
         "attention_varlen": lambda: feature_table("attention_varlen", varlen_features),
         "attention_decode": lambda: feature_table("attention_decode", decode_features),
         "weight_formats": weight_formats_table,
+        "lora": lora_table,
+        "routers": routers_table,
+        "moe_layers": moe_layers_table,
         "weight_speed": lambda: rivals_table(RESULTS / "cpu-4bit.json"),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/step-00002000/model.safetensors     the model's weights, by their names in its state_dict
                                   state.safetensors     tensors of the optimiser, of random generators, …
-                                  checkpoint.json       everything else, and the size and SHA-256 of both files
+                                  checkpoint.json       everything else, and the size and SHA-256 of the other files
+                                  adapter_model.safetensors, adapter_config.json   adapters once more, as PEFT has them
 
 A checkpoint is written to a hidden folder beside its place, synchronised with the disk, and renamed as the last act:
 a kill or a full disk at any moment leaves the checkpoints that were there before, untouched.
@@ -14,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pykern.nn import lora_adapter
+from pykern.nn.lora_adapter import save_adapter
 from pykern.train.errors import UserError, first_line, writing
+from pykern.train.lora import LoraOptions, adapt, has_adapters
 
 FORMAT = "pykern-checkpoint-1"
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.safetensors", "checkpoint.json"
@@ -68,6 +73,10 @@ def _write_checkpoint(final: Path, partial: Path, step: int, model: nn.Module, s
             WEIGHTS: _write_tensors(partial / WEIGHTS, _unshared(model.state_dict())),
             STATE: _write_tensors(partial / STATE, tensors),
         }
+        if has_adapters(model):
+            with _safetensors_errors():
+                save_adapter(model, partial)
+            files |= {name: _written(partial / name) for name in (lora_adapter.WEIGHTS, lora_adapter.CONFIG)}
         manifest = {"format": FORMAT, "step": step, "files": files, "state": packed}
         _write_text(partial / MANIFEST, json.dumps(manifest))
         if final.exists():  # a run that was resumed from an older checkpoint comes past this step again
@@ -147,7 +156,8 @@ def load_model(run: Path | str):
     config = from_dict(TransformerConfig, data["model"], str(path))
     tokenizer = load_tokenizer(run)
     require_vocabulary(tokenizer.vocab_size, config.vocab_size, str(run))
-    model = Transformer(config)
+    lora = from_dict(LoraOptions, data.get("lora", {}), f"{path}: lora")
+    model = adapt(Transformer(config), lora, seed=0)
     load_weights(model, weights, checkpoint)
     return model.eval(), tokenizer, config
 
@@ -221,10 +231,21 @@ def _damaged(folder: Path, why: str) -> UserError:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    try:
+    with _safetensors_errors():
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    return _written(path)
+
+
+@contextmanager
+def _safetensors_errors() -> Iterator[None]:
+    try:
+        yield
     except safetensors.SafetensorError as error:
         raise OSError(None, first_line(error)) from None  # the file system's refusal, in the library's clothes
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """A file's size and hash, once it is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

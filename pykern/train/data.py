@@ -43,12 +43,20 @@ class TokenData:
                 )
 
 
-def prepare(data: str, tokenizer: str, folder: Path, bpe_vocab_size: int = 4096) -> TokenData:
-    """The tokens of what `data` names, written to `folder`; a folder that holds tokens already is used in place."""
+def prepare(
+    data: str, tokenizer: str | CharTokenizer | BPETokenizer, folder: Path, bpe_vocab_size: int = 4096
+) -> TokenData:
+    """The tokens of what `data` names, written to `folder`; a folder that holds tokens already is used in place.
+
+    `tokenizer` is one to use, or the kind of one to train on the text.
+    """
     if data and (Path(data) / TOKENS).is_file():
-        return load(Path(data))
+        tokens = load(Path(data))
+        if not isinstance(tokenizer, str) and tokens.tokenizer.text != tokenizer.text:
+            raise UserError(f"the tokens in {data} are of another tokenizer than the model's")
+        return tokens
     corpus = open_corpus(data)
-    trained = _train_tokenizer(corpus, tokenizer, bpe_vocab_size)
+    trained = _train_tokenizer(corpus, tokenizer, bpe_vocab_size) if isinstance(tokenizer, str) else tokenizer
     dtype = np.dtype(np.uint16 if trained.vocab_size <= 1 << 16 else np.uint32)
     count = 0
     with writing(folder):

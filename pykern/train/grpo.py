@@ -26,6 +26,7 @@ from pykern.train.errors import UserError
 from pykern.train.grpo_config import GRPOConfig
 from pykern.train.grpo_loss import group_advantages
 from pykern.train.interrupt import Interrupt
+from pykern.train.lora import adapt, without_adapters
 from pykern.train.policy_gradient import accumulate_gradient, autocast, frozen_log_probs
 from pykern.train.pretrain import choose_device
 from pykern.train.rewards import REWARDS, exact_match
@@ -49,7 +50,7 @@ COLUMNS = (
     "tokens_per_s",
 )
 _EVAL_ROWS = 2048  # completions sampled at once for pass@1: the width at which one CPU core stops gaining
-FIXED = ("source", "task", "reward", "eos", "seed")  # what a resumed run cannot change
+FIXED = ("source", "task", "reward", "eos", "lora", "seed")  # what a resumed run cannot change
 
 
 def grpo(config: GRPOConfig, resume: bool = False) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def grpo(config: GRPOConfig, resume: bool = False) -> dict[str, Any]:
     else:
         Run.require_unused(config.out)
     model, tokenizer, _ = checkpoint.load_model(config.out if resume else config.source)
+    if not resume:
+        model = adapt(without_adapters(model), config.lora, config.seed)
     trainer = Trainer(config, model, tokenizer, load_task(config.task))
     settings = {**to_dict(config), "model": to_dict(model.config)}
     if resume:
@@ -109,8 +112,9 @@ class Trainer:
         self.eos = end_token(tokenizer, config.eos)
         self.reward = REWARDS[config.reward]
         self.reference = _reference(config.source, self.device) if config.kl_coefficient else None
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.trained,
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
@@ -231,7 +235,7 @@ class Trainer:
             reference = [frozen_log_probs(self.reference, piece, config) for piece in pieces]
         for _ in range(config.updates_per_rollout):
             figures = accumulate_gradient(self.model, pieces, advantages, config, old=old, reference=reference)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf).item()
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, config.grad_clip or math.inf).item()
             if not math.isfinite(norm):
                 raise self._diverged(f"the norm of the gradient is {norm}")
             self.optimizer.step()
@@ -294,4 +298,4 @@ def end_token(tokenizer: CharTokenizer | BPETokenizer, text: str | None) -> int 
 
 
 def _reference(source: Path, device: torch.device) -> Transformer:
-    return checkpoint.load_model(source)[0].to(device).requires_grad_(False)
+    return without_adapters(checkpoint.load_model(source)[0]).to(device).requires_grad_(False)

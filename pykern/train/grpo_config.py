@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from pykern.train.grpo_loss import Reduction, ScaleRewards
+from pykern.train.lora import LoraOptions
 from pykern.train.tasks import ADDITION
 
 
@@ -25,6 +26,8 @@ class GRPOConfig:
     reward: Literal["exact_match", "number_format", "format_and_match"] = "exact_match"
     eos: str | None = "\n"
     """The text of the one token that ends a completion. None: the tokenizer's own end-of-text token."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Adapters to train in place of the weights."""
     seed: int = 1337
     steps: int = 200
     prompts_per_step: int = 32

@@ -21,13 +21,15 @@ from pykern.train import checkpoint, data
 from pykern.train.config import from_dict, read_config, to_dict
 from pykern.train.errors import UserError, first_line, writing
 from pykern.train.interrupt import Interrupt
+from pykern.train.lora import adapt, without_adapters
 from pykern.train.pretrain_config import FROM_TOKENIZER, PretrainConfig
 from pykern.train.run import CONFIG, Run
 from pykern.train.schedule import warmup_cosine
 from pykern.train.throughput import peak_flops
 
 COLUMNS = ("train_loss", "val_loss", "lr", "tokens_per_s")
-FIXED = ("data", "tokenizer", "bpe_vocab_size", "model", "seed")  # what a resumed run cannot change
+EXPERT_COLUMNS = ("expert_load_min", "expert_load_max")  # of any layer's experts, over the layer's mean
+FIXED = ("data", "source", "tokenizer", "bpe_vocab_size", "model", "lora", "seed")  # what a resumed run cannot change
 
 
 def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
@@ -40,6 +42,9 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     if config.out is None:
         raise UserError("--out is needed: the folder to put the run in")
+    if config.lora.r and config.source is None:
+        raise UserError("--from is needed with --lora.r: the run whose model the adapters are for")
+    model = None
     if resume:
         config = _as_started(config)
         newest = checkpoint.latest_checkpoint(config.out)
@@ -48,21 +53,25 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
         tokens = data.load(own if own.is_dir() else Path(config.data))
     else:
         Run.require_unused(config.out)
+        tokenizer = config.tokenizer
+        if config.source is not None:
+            model, tokenizer, shape = checkpoint.load_model(config.source)
+            model, config = without_adapters(model).train(), dataclasses.replace(config, model=shape)
         _ = config.window  # before the work of tokenising
         weights, state = None, None
-        tokens = data.prepare(config.data, config.tokenizer, config.out / "data", config.bpe_vocab_size)
+        tokens = data.prepare(config.data, tokenizer, config.out / "data", config.bpe_vocab_size)
         if config.model.vocab_size == FROM_TOKENIZER:
             config = _with_vocabulary(config, tokens.tokenizer.vocab_size)
     checkpoint.require_vocabulary(tokens.tokenizer.vocab_size, config.model.vocab_size, str(config.out))
     tokens.require(config.window)
     if config.documents and tokens.tokenizer.end_of_text is None:
         raise UserError("--documents needs a tokenizer with an end-of-text token: use --tokenizer bpe")
-    trainer = Trainer(config, tokens)
+    trainer = Trainer(config, tokens, model)
     if resume:
         trainer.restore(weights, state, newest)
-        run = Run.resume(config.out, to_dict(config), COLUMNS, trainer.step)
+        run = Run.resume(config.out, to_dict(config), trainer.columns, trainer.step)
     else:
-        run = Run.create(config.out, to_dict(config), COLUMNS)
+        run = Run.create(config.out, to_dict(config), trainer.columns)
         with writing(config.out):
             tokens.tokenizer.save(config.out)
     with run, Interrupt() as interrupt:
@@ -73,7 +82,9 @@ def _as_started(config: PretrainConfig) -> PretrainConfig:
     """`config`, if it agrees with the run in `config.out` on what cannot change in the middle of a run."""
     path = config.out / CONFIG
     started = from_dict(PretrainConfig, read_config(path), str(path))
-    if config.model.vocab_size == FROM_TOKENIZER:
+    if config.source is not None:
+        config = dataclasses.replace(config, model=started.model)
+    elif config.model.vocab_size == FROM_TOKENIZER:
         config = _with_vocabulary(config, started.model.vocab_size)
     for name in FIXED:
         if getattr(config, name) != getattr(started, name):
@@ -88,17 +99,20 @@ def _with_vocabulary(config: PretrainConfig, size: int) -> PretrainConfig:
 class Trainer:
     """Model, optimiser and position of one pretraining run."""
 
-    def __init__(self, config: PretrainConfig, tokens: data.TokenData) -> None:
+    def __init__(self, config: PretrainConfig, tokens: data.TokenData, model: Transformer | None = None) -> None:
         self.config, self.tokens = config, tokens
         self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        self.model = Transformer(config.model).to(self.device)
+        model = Transformer(config.model) if model is None else model
+        self.model = adapt(model, config.lora, config.seed).to(self.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = make_optimizer(self.model, config)
         self.sampler = torch.Generator().manual_seed(config.seed)  # of training windows, apart from dropout's generator
         self.step, self.seconds, self.train_loss = 0, 0.0, math.nan
+        self.columns = COLUMNS + (EXPERT_COLUMNS if config.model.mlp == "moe" else ())
+        self.expert_load: dict[str, float] = {}  # of the last batch, by EXPERT_COLUMNS
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any], source: Path) -> None:
         """Put everything where the checkpoint `source` was taken; the settings of the optimiser are the config's."""
@@ -145,7 +159,8 @@ class Trainer:
             if last or self.step % config.eval_interval == 0:
                 val_loss = self.validate(None if last else config.eval_windows, interrupt)
             speed = self._tokens_per_step() / took
-            run.log(self.step, train_loss=self.train_loss, val_loss=val_loss, lr=lr, tokens_per_s=speed)
+            figures = {"train_loss": self.train_loss, "val_loss": val_loss, "lr": lr, "tokens_per_s": speed}
+            run.log(self.step, **figures, **self.expert_load)
             if val_loss is not None:
                 run.say(self._line(val_loss, lr, peak))
             if last or self.step % config.checkpoint_interval == 0:
@@ -182,7 +197,11 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.train_loss, norm = torch.stack([total, norm]).tolist()  # the one moment when the host waits for the device
+        load = self.model.expert_load()
+        extremes = () if load is None else (load.min(), load.max())
+        # The one moment when the host waits for the device.
+        self.train_loss, norm, *loads = torch.stack([total, norm, *extremes]).tolist()
+        self.expert_load = dict(zip(EXPERT_COLUMNS, loads, strict=False))  # none in a dense model
         if not math.isfinite(self.train_loss):
             raise self._diverged(f"the loss is {self.train_loss}")
         if not math.isfinite(norm):

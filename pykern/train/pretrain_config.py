@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from pykern.model import PRESETS, TransformerConfig
 from pykern.train.errors import UserError
+from pykern.train.lora import LoraOptions
 
 FROM_TOKENIZER = 1
 """A `model.vocab_size` of 1, with which nothing could be learnt, stands for the tokenizer's own size."""
@@ -21,12 +24,16 @@ class PretrainConfig:
     data: str = ""
     """A text file, a folder of them, `stdlib` (the sources of Python's own library), a name for the datasets library,
     or a folder of tokens that another run has prepared (RUN/data)."""
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """A run whose newest checkpoint is the model to begin with. The model and the tokenizer are then that run's."""
     out: Path | None = None
     """The run folder to make."""
     tokenizer: Literal["char", "bpe"] = "char"
     bpe_vocab_size: int = 4096
     model: TransformerConfig = field(default_factory=lambda: PRESETS["nanogpt-cpu"](vocab_size=FROM_TOKENIZER))
     """The model; a vocab_size of 1 becomes the tokenizer's."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Adapters to train in place of the weights; with --from."""
     context_length: int | None = None
     """Tokens in a training window. None: as many as the model takes."""
     documents: bool = False

@@ -57,9 +57,13 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[i] for i in ids)
 
+    @property
+    def text(self) -> str:
+        """What is saved, which is all there is of it."""
+        return json.dumps({"type": "char", "characters": self.characters})
+
     def save(self, folder: Path | str) -> None:
-        data = {"type": "char", "characters": self.characters}
-        Path(folder, FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
+        Path(folder, FILE_NAME).write_text(self.text, encoding="utf-8")
 
 
 class BPETokenizer:
@@ -105,8 +109,13 @@ class BPETokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    @property
+    def text(self) -> str:
+        """What is saved, which is all there is of it."""
+        return self._tokenizer.to_str()
+
     def save(self, folder: Path | str) -> None:
-        Path(folder, FILE_NAME).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        Path(folder, FILE_NAME).write_text(self.text, encoding="utf-8")
 
 
 def load_tokenizer(folder: Path | str) -> CharTokenizer | BPETokenizer:

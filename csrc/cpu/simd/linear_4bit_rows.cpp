@@ -44,41 +44,6 @@ int64_t scales_size(const Weight4bit& w) {
   return elements ? padded(w.columns / elements) + 16 : 0;
 }
 
-#if defined(__AVX512F__)
-
-// The first `count` elements of a row's rest as a chunk has them, those beyond as zeros.
-PYKERN_INLINE void arrange(const float* from, int64_t count, float* to) {
-  // Of four lanes, which are two vectors, the first or last four codes: a quarter of a vector for each code.
-  const __m512i low = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
-  __m512 part[2][4];
-  for (int i = 0; i < 4; ++i) {
-    __m512 v[2];
-    for (int j = 0; j < 2; ++j) {
-      const int64_t at = (2 * i + j) * kLanes, left = count - at;
-      v[j] = (__m512)load(from + (left > 0 ? at : 0), left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0);
-    }
-    part[0][i] = _mm512_permutex2var_ps(v[0], low, v[1]);
-    part[1][i] = _mm512_permutex2var_ps(v[0], high, v[1]);
-  }
-  Vec total = {};
-  for (int half = 0; half < 2; ++half) {
-    const __m512* const p = part[half];
-    const __m512 a = _mm512_shuffle_f32x4(p[0], p[1], 0x44), b = _mm512_shuffle_f32x4(p[2], p[3], 0x44);
-    const __m512 c = _mm512_shuffle_f32x4(p[0], p[1], 0xee), d = _mm512_shuffle_f32x4(p[2], p[3], 0xee);
-    const __m512 codes[4] = {
-        _mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd), _mm512_shuffle_f32x4(c, d, 0x88),
-        _mm512_shuffle_f32x4(c, d, 0xdd)};
-    for (int i = 0; i < 4; ++i) {
-      store(to + (4 * half + (i ^ 1)) * kLanes, (Vec)codes[i]);  // element 0 of a byte is its high half
-      total += (Vec)codes[i];
-    }
-  }
-  store(to + kChunk, total);
-}
-
-#endif
-
 template <class T>
 bool prepare(const Weight4bit& w, const Rows& input, int64_t row, float* prepared) {
   const T* const from = static_cast<const T*>(input.data) + row_offset(input, row);
@@ -91,18 +56,27 @@ bool prepare(const Weight4bit& w, const Rows& input, int64_t row, float* prepare
   });
   bool has_nan = false;
   for (int lane = 0; lane < kLanes; ++lane) has_nan |= nan[lane] != 0;
-#if defined(__AVX512F__)
   if (elements_a_scale(w)) {
     float* to = prepared + padded(n);
-    for (int64_t k = 0; k < n; k += kChunk, to += kArrangedChunk) arrange(prepared + k, n - k, to);
+    for (int64_t k = 0; k < n; k += kChunk, to += kArrangedChunk) {
+      for (int lane = 0; lane < 16; ++lane) {
+        float sum = 0;
+        for (int code = 0; code < kLaneCodes; ++code) {
+          const int64_t i = k + lane * kLaneCodes + code;
+          const float x = i < n ? prepared[i] : 0;
+          to[(code ^ 1) * 16 + lane] = x;  // element 0 of a byte is its high half
+          sum += x;
+        }
+        to[kChunk + lane] = sum;
+      }
+    }
   }
-#endif
   return has_nan;
 }
 
 // A row of the weight by some rows of input, each value scaled by itself.
 void decoded_products(const FewRows& few, int64_t row, Span inputs, float* piece, float* results) {
-  const Weight4bit& w = few.call.weight;
+  const Weight4bit& w = few.weight;
   double totals[kFewRows] = {};
   for (int64_t k = 0; k < w.columns; k += kPiece) {
     const int64_t begin = row * w.columns + k, count = w.columns - k < kPiece ? w.columns - k : kPiece;
@@ -125,18 +99,14 @@ PYKERN_INLINE Vec scales_at(const Weight4bit& w, int64_t index, int count) {
   if constexpr (scaling == Scaling::blocks) {
     return load(static_cast<const float*>(w.scales) + index, count);
   } else if constexpr (scaling == Scaling::nested) {
-    // One by one: a gather takes longer, and nothing else here needs the ports that these loads take.
-    float value[kLanes];
-    for (int i = 0; i < count; ++i) {
-      value[i] = w.nested_code[static_cast<const uint8_t*>(w.scales)[index + i]];
-      asm("" : "+m"(value[i]));  // else the compiler makes a gather of it
-    }
+    const __m128i bytes = _mm_maskz_loadu_epi8((1u << count) - 1, static_cast<const uint8_t*>(w.scales) + index);
+    const Vec value = (Vec)_mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), w.nested_code, sizeof(float));
     Bits lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
     const Bits place = lane + static_cast<uint32_t>(index % kNestedBlock);
     const Vec outer = place < Bits{} + kNestedBlock ? all(w.nested_scales[index / kNestedBlock])
                                                     : all(w.nested_scales[(index + count - 1) / kNestedBlock]);
-    return first(load(value) * outer + *w.nested_offset, count);
+    return first(value * outer + *w.nested_offset, count);
   } else {
     if (w.scale_type == DType::f16) return load(static_cast<const f16*>(w.scales) + index, count);
     if (w.scale_type == DType::bf16) return load(static_cast<const bf16*>(w.scales) + index, count);
@@ -177,7 +147,7 @@ PYKERN_INLINE void spread(const Weight4bit& w, int64_t row, int64_t elements, fl
 // results[r * M + m] of R rows of the weight and M rows of input.
 template <Scaling scaling, int R, int M>
 PYKERN_INLINE void looked_up_products(const FewRows& few, int64_t row, float* scratch, float* results) {
-  const Weight4bit& w = few.call.weight;
+  const Weight4bit& w = few.weight;
   const int64_t elements = elements_a_scale(w), size = scales_size(w);
   const bool has_zeros = scaling == Scaling::groups && w.zero_points;
   const uint8_t* codes[R];
@@ -248,7 +218,7 @@ constexpr int kTogether = M <= 2 ? 4 : 2;
 template <Scaling scaling, int M>
 int64_t products(const FewRows& few, Span rows, float* scratch, float* results) {
 #if defined(__AVX512F__)
-  if (elements_a_scale(few.call.weight)) {
+  if (elements_a_scale(few.weight)) {
     constexpr int R = kTogether<M>;
     const bool together = rows.first + R <= rows.end;
     if (together) looked_up_products<scaling, R, M>(few, rows.first, scratch, results);
@@ -275,8 +245,8 @@ Products products_of(Scaling scaling) {
 }
 
 Products products_of(const FewRows& few) {
-  const Scaling scaling = few.call.weight.scaling;
-  switch (few.call.rows) {
+  const Scaling scaling = few.weight.scaling;
+  switch (few.rows) {
     case 1: return products_of<1>(scaling);
     case 2: return products_of<2>(scaling);
     case 3: return products_of<3>(scaling);
@@ -290,15 +260,14 @@ Products products_of(const FewRows& few) {
 
 template <class T>
 void run(const FewRows& few, Span columns, float* scratch) {
-  const LinearCall& c = few.call;
   const Products products = products_of(few);
-  T* const y = static_cast<T*>(c.result);
+  T* const y = static_cast<T*>(few.result);
   float results[4 * kFewRows];
   for (int64_t done; columns.first < columns.end; columns.first += done) {
     done = products(few, columns, scratch, results);
-    for (int64_t i = 0; i < done * c.rows; ++i) {
-      const int64_t column = columns.first + i / c.rows;
-      store(y + i % c.rows * c.columns + column, all(results[i] + (c.bias ? c.bias[column] : 0)), 1);
+    for (int64_t i = 0; i < done * few.rows; ++i) {
+      const int64_t column = columns.first + i / few.rows;
+      store(y + i % few.rows * few.columns + column, all(results[i] + (few.bias ? few.bias[column] : 0)), 1);
     }
   }
 }

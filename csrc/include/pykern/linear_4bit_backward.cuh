@@ -14,6 +14,7 @@
 namespace pykern {
 
 constexpr int kBackwardDepth = 64;  // of a step: rows of W, and numbers of a row of dy, 128 bytes
+static_assert(kWarpColumns == kChunk, "a warp's columns are a chunk of each row");
 
 template <class T>
 struct GradientLayout {
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_4bit_input_gradient(con
 
   const Codes<kScaling> codes(a.weight);
   Sums<kM> c = {};
-  pass_through_ring<Slot::kStages, Slot::kBytes>(slots, steps.count, load, [&](const char* slot, int step) {
+  pass_through_ring<Slot::kStages>(slots, Slot::kBytes, steps.count, load, [&](const char* slot, int step) {
     multiply_back<T, kM>(c, slot, codes, scales_of(step));
     // The barrier before the next step makes them seen.
     if (step + 1 < steps.count) put_scales(step + 1);

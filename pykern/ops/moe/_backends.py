@@ -30,12 +30,34 @@ def _sort_lacks(expert_ids: Tensor, num_experts: int) -> str | None:
     return None if num_experts <= MOST_EXPERTS else f"takes up to {MOST_EXPERTS} experts, not {num_experts}"
 
 
-ROUTE: dict[str, Kernel] = {"triton": triton("moe_route", "moe_route"), "cpu": native("cpu", "moe_route")}
-ROUTE_LACKS = dict.fromkeys(("triton", "cpu"), _route_lacks)
+def mlp_lacks(input: Tensor, *args: Any) -> str | None:
+    """Why the kernels that sort and multiply by themselves do not serve these arguments of `moe_mlp`."""
+    gate_up, _, weights, _, *biases, _ = args
+    for tensor in (input, weights, *biases):
+        if tensor is not None and tensor.dtype == torch.float64:
+            return "computes fp32, fp16 and bf16, not torch.float64"
+    return None if len(gate_up) <= MOST_EXPERTS else f"takes up to {MOST_EXPERTS} experts, not {len(gate_up)}"
+
+
+def mlp_backward_lacks(doutput: Tensor | None, *args: Any) -> str | None:
+    return "no gradient to start from" if doutput is None else mlp_lacks(*args[:8])
+
+
+ROUTE: dict[str, Kernel] = {
+    "cuda": native("cuda", "moe_route"),
+    "triton": triton("moe_route", "moe_route"),
+    "cpu": native("cpu", "moe_route"),
+}
+ROUTE_LACKS = dict.fromkeys(ROUTE, _route_lacks)
 ROUTE_BACKWARD: dict[str, Kernel] = {
+    "cuda": native("cuda", "moe_route_backward"),
     "triton": triton("moe_route", "moe_route_backward"),
     "cpu": native("cpu", "moe_route_backward"),
 }
-ROUTE_BACKWARD_LACKS = dict.fromkeys(("triton", "cpu"), _route_backward_lacks)
-SORT: dict[str, Kernel] = {"triton": triton("moe_sort", "moe_sort"), "cpu": native("cpu", "moe_sort")}
-SORT_LACKS = dict.fromkeys(("triton", "cpu"), _sort_lacks)
+ROUTE_BACKWARD_LACKS = dict.fromkeys(ROUTE_BACKWARD, _route_backward_lacks)
+SORT: dict[str, Kernel] = {
+    "cuda": native("cuda", "moe_sort"),
+    "triton": triton("moe_sort", "moe_sort"),
+    "cpu": native("cpu", "moe_sort"),
+}
+SORT_LACKS = dict.fromkeys(SORT, _sort_lacks)

@@ -74,7 +74,7 @@ def grouped_mm_reference(
     return (out if scatter is None else put_rows(out, scatter)).to(dtype)
 
 
-def _dense(matrix: Tensor) -> Tensor:
+def dense(matrix: Tensor) -> Tensor:
     """The matrix with rows or columns of adjacent elements. Left to torch, the copy's layout, and with it the order of
     summation in BLAS, would differ from that of a packed matrix, and so would the last bits."""
     if 1 in matrix.stride()[-2:]:
@@ -98,7 +98,7 @@ def grouped_mm_sliced(
     groups = mat_b.shape[0] if offs is None else offs.shape[0]
     biases = None if bias is None else bias.to(wide).broadcast_to(groups, columns)
     if form == (3, 3):
-        out = _dense(mat_a.to(wide)) @ _dense(mat_b.to(wide))
+        out = dense(mat_a.to(wide)) @ dense(mat_b.to(wide))
         return (out if biases is None else out.add_(biases.unsqueeze(1))).to(dtype)
     length = jagged_length(mat_a, mat_b, gather)
     if form == (2, 2):
@@ -117,7 +117,7 @@ def grouped_mm_sliced(
         else:
             a = mat_a[part] if gather is None else mat_a[gather[part].clamp(0, mat_a.shape[0] - 1)]
             result, b = out[part], mat_b[g]
-        torch.mm(_dense(a.to(wide)), _dense(b.to(wide)), out=result)
+        torch.mm(dense(a.to(wide)), dense(b.to(wide)), out=result)
         if biases is not None:
             result.add_(biases[g])
     return (out if scatter is None else put_rows(out, scatter)).to(dtype)

@@ -4,31 +4,22 @@ Gated linear units: Shazeer, arXiv:2002.05202. What is kept for the backward, an
 without the down product: SonicMoE, Guo et al., arXiv:2512.14080.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykern.ops._spec import Sample, define, define_backward
+from pykern.ops._backends import triton
+from pykern.ops._spec import define, define_backward
+from pykern.ops.moe._backends import mlp_backward_lacks, mlp_lacks
 from pykern.ops.moe._common import FLOAT_DTYPES, check_choice, check_id_values, check_ids, is_expert, wide_dtype
-from pykern.ops.moe._products import grouped_mm_reference, grouped_mm_sliced, put_rows
+from pykern.ops.moe._mlp_sliced import moe_mlp_backward_sliced, moe_mlp_sliced
+from pykern.ops.moe._products import grouped_mm_reference
+from pykern.ops.moe.activations import ACTIVATIONS
+from pykern.ops.moe.mlp_samples import bad_mlps, mlp_samples
 from pykern.ops.moe.sort import moe_sort_reference
 from pykern.ops.norm import check_like
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": torch.ops.aten.silu_backward,
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
-}
 
 
 def moe_mlp_reference(
@@ -54,83 +45,6 @@ def moe_mlp_reference(
     kept = is_expert(expert_ids, gate_up.shape[0])
     weighted = out.unflatten(0, (tokens, top_k)) * weights.to(wide).where(kept, 0.0).unsqueeze(-1)
     return weighted.sum(1).to(input.dtype), preactivation.to(input.dtype), order, offs
-
-
-def _sliced(
-    input: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    expert_ids: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide, (tokens, top_k) = wide_dtype(input.dtype), expert_ids.shape
-    order, _, offs = moe_sort_reference(expert_ids, gate_up.shape[0])
-    token = order.div(top_k, rounding_mode="floor")
-    preactivation = grouped_mm_sliced(input, gate_up.mT, offs, gate_up_bias, wide, token, None)
-    gate, up = preactivation.chunk(2, -1)
-    hidden = ACTIVATIONS[activation](gate).mul_(up)
-    out = grouped_mm_sliced(hidden, down.mT, offs, down_bias, wide, None, order).view(tokens, top_k, input.shape[1])
-    kept = is_expert(expert_ids, gate_up.shape[0])
-    out = out.mul_(weights.to(wide).where(kept, 0.0).unsqueeze(-1)).sum(1)
-    return out.to(input.dtype), preactivation.to(input.dtype), order, offs
-
-
-def _backward_sliced(
-    doutput: Tensor,
-    input: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    expert_ids: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    activation: str,
-    preactivation: Tensor,
-    order: Tensor,
-    offs: Tensor,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:
-    wide, (tokens, top_k), experts = wide_dtype(input.dtype), expert_ids.shape, gate_up.shape[0]
-    token = order.div(top_k, rounding_mode="floor")
-    grad = doutput.to(wide)[token]
-    kept = is_expert(expert_ids, experts)
-    weight = weights.to(wide).where(kept, 0.0).flatten()[order].unsqueeze(1)
-    gate, up = preactivation.to(wide).chunk(2, -1)
-    activated = ACTIVATIONS[activation](gate)
-    hidden = activated * up
-    unweighted = grouped_mm_sliced(grad, down, offs, None, wide, None, None)
-    dinput = dgate_up = ddown = dweights = dgate_up_bias = ddown_bias = None
-    if output_mask[3]:
-        # ⟨dC, hidden·downᵀ⟩ = ⟨dC·down, hidden⟩, so the down product itself need not be kept.
-        products = (unweighted * hidden).sum(1, keepdim=True)
-        if down_bias is not None:
-            expert = expert_ids.flatten()[order].clamp(0, experts - 1).long()
-            products += (grad * down_bias.to(wide)[expert]).sum(1, keepdim=True)
-        dweights = put_rows(products, order).view(tokens, top_k).where(kept, 0.0).to(weights.dtype)
-    grad = grad.mul_(weight)
-    if output_mask[2]:
-        ddown = grouped_mm_sliced(grad.mT, hidden, offs, None, wide, None, None).to(down.dtype)
-    if output_mask[5]:
-        ddown_bias = _group_sums(grad, offs).to(down_bias.dtype)
-    if not (output_mask[0] or output_mask[1] or output_mask[4]):
-        return dinput, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
-    dhidden = unweighted.mul_(weight)
-    dpre = torch.cat([_DERIVATIVES[activation](dhidden * up, gate), dhidden * activated], -1)
-    if output_mask[0]:
-        rows = grouped_mm_sliced(dpre, gate_up, offs, None, wide, None, order)
-        dinput = rows.view(tokens, top_k, input.shape[1]).sum(1).to(input.dtype)
-    if output_mask[1]:
-        dgate_up = grouped_mm_sliced(dpre.mT, input[token], offs, None, wide, None, None).to(gate_up.dtype)
-    if output_mask[4]:
-        dgate_up_bias = _group_sums(dpre, offs).to(gate_up_bias.dtype)
-    return dinput, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
-
-
-def _group_sums(rows: Tensor, offs: Tensor) -> Tensor:
-    return grouped_mm_sliced(rows.new_ones(1, rows.shape[0]), rows, offs, None, None, None, None).squeeze(1)
 
 
 def _check(
@@ -193,68 +107,6 @@ def _torch(
     return out.to(y.dtype)
 
 
-def _samples(kind: str, make: Any) -> Iterator[Sample]:
-    def layer(tokens: int, top_k: int, experts: int, size: int, width: int, ids: Tensor | None = None) -> list[Any]:
-        if ids is None:
-            ids = make(tokens, experts, grad=False).argsort(-1)[:, :top_k].contiguous()
-        weights = make(tokens, top_k)
-        gate_up = make(experts, 2 * width, size, scale=size**-0.5)
-        return [make(tokens, size), gate_up, make(experts, size, width, scale=width**-0.5), weights, ids, None, None]
-
-    if kind == "bench":
-        if make.device.type == "cuda":
-            yield Sample("mixtral 4096 tokens 8x2", (*layer(4096, 2, 8, 4096, 14336), "silu"))
-            yield Sample("qwen3 8192 tokens 128x8", (*layer(8192, 8, 128, 2048, 768), "silu"))
-        else:
-            yield Sample("mixtral/8 512 tokens 8x2", (*layer(512, 2, 8, 512, 1792), "silu"))
-            yield Sample("qwen3/4 512 tokens 64x8", (*layer(512, 8, 64, 512, 192), "silu"))
-        return
-    yield Sample("small", (*layer(10, 2, 3, 8, 6), "silu"))
-    for activation in ACTIVATIONS:
-        yield Sample(activation, (*layer(33, 2, 4, 32, 24), activation))
-    yield Sample("prime sizes", (*layer(23, 3, 5, 31, 19), "silu"))
-    yield Sample("one token", (*layer(1, 7, 11, 32, 24), "silu"))
-    yield Sample("no tokens", (*layer(0, 2, 3, 8, 5), "silu"))
-    yield Sample("one expert", (*layer(33, 1, 1, 32, 24), "silu"))
-    yield Sample("every expert", (*layer(5, 4, 4, 32, 24), "silu"))
-    yield Sample("all to one", (*layer(33, 1, 5, 32, 24, make(33, 1, dtype=torch.int64, low=3, high=4)), "silu"))
-    yield Sample("dropped slots", (*layer(17, 2, 4, 32, 24, make(17, 2, dtype=torch.int64, low=-1, high=4)), "silu"))
-    x, gate_up, down, weights, ids, _, _ = layer(17, 2, 4, 32, 24)
-    yield Sample("biases", (x, gate_up, down, weights, ids, make(4, 48), make(4, 32), "gelu"))
-    # Their gradient is in fp32 too, but no nearer than the pre-activation, which is kept in the input's dtype.
-    single = make(17, 2, dtype=torch.float32, grad=make.dtype == torch.float32)
-    yield Sample("fp32 weights", (x, gate_up, down, single, ids, None, None, "silu"))
-    transposed = (make(4, 32, 48, scale=0.2).mT, make(4, 24, 32, scale=0.2).mT)
-    yield Sample("transposed", (make(32, 17).t(), *transposed, weights, ids.int(), None, None, "silu"))
-    frozen = (gate_up.detach(), down.detach())
-    yield Sample("frozen experts", (x, *frozen, weights, ids, None, None, "silu"))
-    if kind == "full":
-        yield Sample("many tiles", (*layer(259, 4, 7, 72, 40), "silu"))
-        yield Sample("64 experts", (*layer(130, 8, 61, 24, 16), "silu"))
-
-
-def _bad(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception], str]]:
-    x, w1, w2, w = make(6, 8), make(3, 10, 8), make(3, 8, 5), make(6, 2)
-    ids = make(6, 2, dtype=torch.int64, low=0, high=3)
-    none = (None, None, "silu")
-    yield "rank", (x[0], w1, w2, w, ids, *none), ValueError, r"input: expected shape \(tokens, H\), got \(8,\)"
-    yield "integers", (x.long(), w1, w2, w, ids, *none), TypeError, "input: expected a floating dtype"
-    yield "odd gate_up", (x, make(3, 9, 8), w2, w, ids, *none), ValueError, r"gate_up: .* got \(3, 9, 8\)"
-    yield "gate_up", (x, make(3, 10, 7), w2, w, ids, *none), ValueError, r"gate_up: expected shape \(3, 10, 8\)"
-    yield (
-        "down",
-        (x, w1, make(3, 5, 8), w, ids, *none),
-        ValueError,
-        r"down: expected shape \(3, 8, 5\), got \(3, 5, 8\)",
-    )
-    yield "two dtypes", (x, w1, w2.to(torch.float64), w, ids, *none), TypeError, "down: expected dtype"
-    yield "weights", (x, w1, w2, w[:, :1], ids, *none), ValueError, r"weights: expected shape \(6, 2\), got \(6, 1\)"
-    yield "ids", (x, w1, w2, w, ids[:5], *none), ValueError, r"expert_ids: expected shape \(6, 2\), got \(5, 2\)"
-    yield "float ids", (x, w1, w2, w, make(6, 2), *none), TypeError, "expert_ids: expected dtype int64 or int32"
-    yield "bias", (x, w1, w2, w, ids, None, make(3, 5), "silu"), ValueError, r"down_bias: expected shape \(3, 8\)"
-    yield "activation", (x, w1, w2, w, ids, None, None, "swish"), ValueError, "activation: .* got 'swish'"
-
-
 def _cost(input: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, expert_ids: Tensor, *_: Any) -> Any:
     """Three matrices' worth of flops a slot; tokens in and out, the pre-activation, and the experts that can be hit."""
     slots, (experts, two_widths, size) = expert_ids.numel(), gate_up.shape
@@ -276,8 +128,11 @@ _moe_mlp_backward = define_backward(
         _check(input, *rest[:7]),
         check_like("doutput", doutput, input, input.shape, (input.dtype,)),
     ),
-    backends={"cpu": _backward_sliced},
-    supports={"cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None},
+    backends={"triton": triton("moe_mlp_backward", "moe_mlp_backward"), "cpu": moe_mlp_backward_sliced},
+    supports={
+        "triton": mlp_backward_lacks,
+        "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
+    },
     cost=lambda doutput, *args: tuple(2 * c for c in _cost(*args)),
 )
 
@@ -288,10 +143,11 @@ _moe_mlp = define(
     check=_check,
     fake=_fake,
     backward=_moe_mlp_backward,
-    backends={"cpu": _sliced},
+    backends={"triton": triton("moe_mlp", "moe_mlp"), "cpu": moe_mlp_sliced},
+    supports={"triton": mlp_lacks},
     autocast=dict.fromkeys(("input", "gate_up", "down", "gate_up_bias", "down_bias"), "lower"),
-    samples=_samples,
-    bad=_bad,
+    samples=mlp_samples,
+    bad=bad_mlps,
     cost=_cost,
     peers={"torch": _torch},
     # Rounding the pre-activation to 16 bits costs the gradients, dot products that cancel, up to five times what

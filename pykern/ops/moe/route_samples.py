@@ -69,3 +69,25 @@ def bad_routes(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception
     ids = make(4, 3, dtype=torch.int64, low=0, high=8)
     yield "replay's shape", (x, None, ids, 2, "softmax", *rest), ValueError, r"expert_ids: expected shape \(4, 2\)"
     yield "replay's dtype", (x, None, make(4, 2), 2, "softmax", *rest), TypeError, "expert_ids: expected dtype"
+
+
+def route_features(make: Any) -> Iterator[Sample]:
+    """One call of each kind of router, for the table of what serves it."""
+
+    def route(
+        top_k: int = 8, experts: int = 64, bias: bool = False, replay: bool = False, **changes: Any
+    ) -> tuple[Any, ...]:
+        options = {"score": "softmax", "renormalize": True, "groups": 1, "top": 1, "group_score": "top2", "scale": 1.0}
+        added = make(experts, dtype=torch.float32, grad=False) if bias else None
+        ids = make(5, top_k, dtype=torch.int64, low=-1, high=experts) if replay else None
+        return make(5, experts), added, ids, top_k, *{**options, **changes}.values()
+
+    yield Sample("softmax, then top-k, renormalised (Mixtral, Qwen3)", route())
+    yield Sample("softmax, then top-k as it is (OLMoE)", route(renormalize=False))
+    yield Sample("softmax and a selection bias", route(bias=True))
+    yield Sample("sigmoid", route(score="sigmoid"))
+    yield Sample("sigmoid and a selection bias", route(score="sigmoid", bias=True))
+    yield Sample("groups by the two best (DeepSeek-V3)", route(score="sigmoid", bias=True, groups=8, top=4, scale=2.5))
+    yield Sample("groups by the best (DeepSeek-V2)", route(renormalize=False, groups=8, top=3, group_score="max"))
+    yield Sample("a recorded choice, dropped slots", route(replay=True))
+    yield Sample("top 32 of 1024 experts", route(32, 1024))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pykern.ops._spec import OpSpec
 from pykern.testing.inputs import as_tuple, map_tensors
+from pykern.testing.peers import lora, moe
 from pykern.testing.peers.attention import flex, sdpa
 from pykern.testing.peers.weight4bit import dequantize, filling, float_weight, matmul_4bit, repacked
 
@@ -55,6 +56,12 @@ ANYWHERE: dict[str, dict[str, tuple[str, _Maker]]] = {
         "F.linear": ("torch", float_weight),
         "bnb.matmul_4bit": ("bitsandbytes", matmul_4bit),
         "bnb.Linear4bit, repacked": ("bitsandbytes", repacked),
+    },
+    "lora_linear": {"PEFT": ("peft", lora.linear)},
+    "lora_linear_4bit": {"PEFT": ("peft", lora.linear_4bit)},
+    "moe_mlp": {
+        "transformers eager": ("transformers.models.mixtral.modeling_mixtral", moe.experts("eager")),
+        "transformers grouped_mm": ("transformers.models.mixtral.modeling_mixtral", moe.experts("grouped_mm")),
     },
 }
 ON_GPUS: dict[str, dict[str, tuple[str, _Maker]]] = {

@@ -49,7 +49,7 @@ def dequantize(module: Any) -> Prepared:
     def prepare(*args: Any) -> Callable[..., Any]:
         state = _quant_state(module, args[:9], args[9])
         if state is None:
-            return _nothing
+            return nothing
         return lambda codes, *rest: module.functional.dequantize_4bit(codes.unsqueeze(-1), state)
 
     return Prepared(prepare)
@@ -61,7 +61,7 @@ def matmul_4bit(module: Any) -> Prepared:
     def prepare(input: Tensor, *weight: Any) -> Callable[..., Any]:
         state = _quant_state(module, weight[:9], input.dtype)
         if state is None:
-            return _nothing
+            return nothing
         codes = weight[0].unsqueeze(-1)
         return lambda input, *rest: module.matmul_4bit(input, codes.t(), state, bias=rest[9])
 
@@ -72,20 +72,11 @@ def repacked(module: Any) -> Prepared:
     """What it does in evaluation: on a CPU with AVX512-BF16 it repacks its weight at the first call."""
 
     def prepare(input: Tensor, *weight: Any) -> Callable[..., Any]:
-        state = _quant_state(module, weight[:9], input.dtype)
-        if state is None or weight[9] is not None or input.requires_grad:
-            return _nothing
-        out, n = weight[7]
-        layer = module.nn.Linear4bit(n, out, bias=False, compute_dtype=input.dtype, quant_type=state.quant_type)
-        layer.weight = module.nn.Params4bit(
-            weight[0].clone().unsqueeze(-1),
-            requires_grad=False,
-            quant_state=state,
-            blocksize=state.blocksize,
-            quant_type=state.quant_type,
-            bnb_quantized=True,
-            module=layer,
-        )
+        if weight[9] is not None or input.requires_grad:
+            return nothing
+        layer = bnb_layer(module, weight[:9], None, input.dtype)
+        if layer is None:
+            return nothing
         layer.eval()
 
         @torch.no_grad()
@@ -97,7 +88,27 @@ def repacked(module: Any) -> Prepared:
     return Prepared(prepare)
 
 
-def _nothing(*_: Any) -> None:
+def bnb_layer(module: Any, weight: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """bitsandbytes' layer around the weight, in training; None for int4, which it does not have."""
+    state = _quant_state(module, weight, dtype)
+    if state is None:
+        return None
+    out, n = weight[7]
+    layer = module.nn.Linear4bit(n, out, bias=False, compute_dtype=dtype, quant_type=state.quant_type)
+    layer.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
+    layer.weight = module.nn.Params4bit(
+        weight[0].clone().unsqueeze(-1),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        bnb_quantized=True,
+        module=layer,
+    )
+    return layer
+
+
+def nothing(*_: Any) -> None:
     return None
 
 

@@ -1,21 +1,17 @@
-// Products with a 4-bit weight or its transpose by tiles: a tile of the weight is decoded to fp32 where the caches hold
-// it, and meets all rows of a span. Sums are fp32 and rounded once.
-//
-// fp32 for every dtype: what is multiplied is the weight itself, not rounded to 16 bits, and without AMX fp32 FMAs are
-// no slower than AVX512's products of bf16 (86 to 42 billion multiplications a second on one core).
+// Tiles of right matrices in fp32, from 4-bit weights or rows of floats, either way round.
 
-#include "../linear_4bit.h"
+#pragma once
 
+#include "../linear.h"
 #include "decode_4bit.h"
-#include "product.h"
+#include "float_rows.h"
 
 namespace pykern {
 namespace {
 
-// The part of `left` that a tile meets, and the sums of a span, stay in the second-level cache, of which a megabyte is
-// common. Longer sums are made of sums of kDepth.
-constexpr int64_t kRows = 256, kColumns = 512, kDepth = 128;
-// A tile of the transposed weight takes this many columns, a register block of product.h with AVX512.
+// Longer sums are made of sums of kDepth.
+constexpr int64_t kDepth = 128;
+// A tile of a transposed matrix takes this many columns, a register block of product.h with AVX512.
 constexpr int64_t kNarrow = 64;
 
 // A tile (depth, columns) of the right matrix from (first_depth, first_column) on; its rows are `stride` apart.
@@ -85,6 +81,10 @@ PYKERN_INLINE void transpose(__m512i v[kLanes]) {
   }
 }
 
+// The 16-bit float in the low half of each lane.
+PYKERN_INLINE Vec widen_low(__m512i v, bf16) { return (Vec)_mm512_slli_epi32(v, 16); }
+PYKERN_INLINE Vec widen_low(__m512i v, f16) { return (Vec)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+
 // The values of kLanes rows of the weight, a row a lane: packed codes are transposed, eight elements at once, and
 // looked up as in linear_4bit_rows.cpp.
 template <Scaling scaling>
@@ -144,73 +144,65 @@ void look_up_columns(const Weight4bit& w, const Tile& tile) {
 
 #endif
 
-template <bool transposed>
-PYKERN_INLINE void decode_tile(const Weight4bit& w, const Tile& tile) {
-  if constexpr (!transposed) return decode_rows(w, tile);
-#if defined(__AVX512F__)
-  if (has_lanes(w)) return look_up_columns(w, tile);
-#endif
-  decode_columns(w, tile);
-}
-
-// Sums of a span, with what is needed of left and right for a depth of kDepth.
-template <class T, bool transposed>
-void multiply(const LinearCall& c, Span rows, Span columns, float* scratch) {
-  constexpr int64_t kTile = transposed ? kNarrow : kColumns;
-  const int64_t count = rows.end - rows.first;
-  float* const left = scratch;
-  float* const right = left + kRows * kDepth;
-  float* const sums = right + kDepth * kColumns;
-  for (int64_t d = 0; d < c.depth; d += kDepth) {
-    const int64_t depth = least(c.depth - d, kDepth);
-    for (int64_t r = 0; r < count; ++r) {
-      const T* const from = static_cast<const T*>(c.left.data) + row_offset(c.left, rows.first + r) + d;
-      float* const to = left + r * kDepth;
-      each(depth, [&](int64_t i, int lanes) PYKERN_LAMBDA { store(to + i, load(from + i, lanes), lanes); });
-    }
-    for (int64_t column = columns.first; column < columns.end; column += kTile) {
-      const Tile tile = {d, depth, column, least(columns.end - column, kTile), right, kTile};
-      decode_tile<transposed>(c.weight, tile);
-      Product product = {};
-      product.left = left, product.left_stride = kDepth;
-      product.right = right, product.right_stride = kTile;
-      product.result = sums + (column - columns.first), product.result_stride = kColumns;
-      product.depth = depth;
-      product.start = d == 0 ? Start::zero : Start::add;
-      multiply_chunk<Along::depth>(product, count, (tile.columns + kLanes - 1) / kLanes);
-    }
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    T* const to = static_cast<T*>(c.result) + (rows.first + r) * c.columns + columns.first;
-    each(columns.end - columns.first, [&](int64_t i, int lanes) PYKERN_LAMBDA {
-      Vec sum = load(sums + r * kColumns + i, lanes);
-      if (c.bias) sum += load(c.bias + columns.first + i, lanes);
-      store(to + i, sum, lanes);
-    });
-  }
-}
-
-// In fp64: as good as an exact sum, whatever the number of rows.
+// The rows of the floats are the columns of the right matrix.
 template <class T>
-void sum_rows(const Rows& from, int64_t rows, Span columns, float* out) {
-  const T* const data = static_cast<const T*>(from.data) + columns.first;
-  each(columns.end - columns.first, [&](int64_t i, int lanes) PYKERN_LAMBDA {
-    Double total = {};
-    for (int64_t r = 0; r < rows; ++r)
-      total += __builtin_convertvector(load(data + row_offset(from, r) + i, lanes), Double);
-    store(out + columns.first + i, __builtin_convertvector(total, Vec), lanes);
-  });
+void load_columns(const FloatRows& m, const Tile& tile) {
+  const T* const data = static_cast<const T*>(m.rows.data) + tile.first_depth;
+  for (int64_t c = 0; c < tile.columns; c += kLanes) {
+    const T* rows[kLanes];
+    for (int r = 0; r < kLanes; ++r)
+      rows[r] = data + row_offset(m.rows, tile.first_column + least(c + r, tile.columns - 1));
+    float* const to = tile.to + c;
+    int64_t d = 0;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 2) {
+      for (; d + 2 * kLanes <= tile.depth; d += 2 * kLanes) {
+        __m512i pairs[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+          pairs[r] = _mm512_loadu_si512(rows[r] + d);
+          __builtin_prefetch(rows[r] + d + kNarrow * m.rows.stride[0], 0, 2);  // the next tile
+        }
+        transpose(pairs);
+        for (int i = 0; i < kLanes; ++i) {
+          store(to + (d + 2 * i) * tile.stride, widen_low(pairs[i], T{}));
+          store(to + (d + 2 * i + 1) * tile.stride, widen_low(_mm512_srli_epi32(pairs[i], 16), T{}));
+        }
+      }
+    }
+#endif
+    for (; d < tile.depth; d += kLanes) {
+      const int count = static_cast<int>(least(tile.depth - d, kLanes));
+      Vec block[kLanes];
+      for (int r = 0; r < kLanes; ++r) block[r] = load(rows[r] + d, count);
+      transpose(block);
+      for (int i = 0; i < count; ++i) store(to + (d + i) * tile.stride, block[i]);
+    }
+  }
+}
+
+void load_floats(const RightMatrix& m, const Tile& tile) {
+  if (!m.transposed) {
+    for (int64_t d = 0; d < tile.depth; ++d) {
+      if (!m.floats.order) prefetch_row(m.floats, tile.first_depth + d + tile.depth, tile.first_column, tile.columns);
+      load_row(m.floats, tile.first_depth + d, tile.first_column, tile.columns, tile.to + d * tile.stride);
+    }
+  } else if (m.floats.dtype == DType::f32) {
+    load_columns<float>(m.floats, tile);
+  } else if (m.floats.dtype == DType::f16) {
+    load_columns<f16>(m.floats, tile);
+  } else {
+    load_columns<bf16>(m.floats, tile);
+  }
+}
+
+void load_tile(const RightMatrix& m, const Tile& tile) {
+  if (!m.packed) return load_floats(m, tile);
+  if (!m.transposed) return decode_rows(*m.packed, tile);
+#if defined(__AVX512F__)
+  if (has_lanes(*m.packed)) return look_up_columns(*m.packed, tile);
+#endif
+  decode_columns(*m.packed, tile);
 }
 
 }  // namespace
 }  // namespace pykern
-
-extern "C" const pykern::LinearKernels PYKERN_TABLE(linear_4bit) = {
-    pykern::kRows,
-    pykern::kColumns,
-    pykern::kNarrow,
-    pykern::kRows * pykern::kDepth + pykern::kDepth * pykern::kColumns + pykern::kRows * pykern::kColumns,
-    {pykern::multiply<float, true>, pykern::multiply<pykern::f16, true>, pykern::multiply<pykern::bf16, true>},
-    {pykern::multiply<float, false>, pykern::multiply<pykern::f16, false>, pykern::multiply<pykern::bf16, false>},
-    {pykern::sum_rows<float>, pykern::sum_rows<pykern::f16>, pykern::sum_rows<pykern::bf16>},
-};

@@ -1,0 +1,153 @@
+"""Which kernel serves which feature of an op, for the README: asked of the declarations, so that it cannot be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+import pykern
+from pykern.ops._spec import OpSpec, Sample
+from pykern.ops.lora_samples import lora_features, multi_features
+from pykern.ops.moe.route_samples import route_features
+from pykern.ops.weight4bit_samples import weight_formats
+from pykern.testing.inputs import Make
+
+# Each backend's column, and what serves there if its own kernel does not.
+_COLUMNS = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
+
+
+def feature_table(op: str, features: Callable[[Any], Iterable[Sample]]) -> str:
+    """Which kernel has which feature of attention; where one has not, what serves the call in its place."""
+    spec = pykern.catalogue()[op]
+    lines = ["| | " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
+    rows = [(sample.name, sample) for sample in features(Make("cpu", torch.bfloat16))]
+    rows += [(str(d)[6:], next(iter(features(Make("cpu", d))))) for d in (torch.float16, torch.float32, torch.float64)]
+    for label, sample in rows:
+        cells = []
+        for name, chain in _COLUMNS.items():
+            forward = _first(chain, spec, *sample.args)
+            backward = forward
+            if spec.gradient.op.backends:
+                backward = _first(chain, spec.gradient.op, None, None, *sample.args, None, None, None)
+            served = "kernel" if forward == name else forward
+            cells.append(served if forward == backward else f"{served}, backward {backward}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _first(backends: Sequence[str], spec: OpSpec, *args: Any) -> str:
+    found = (name for name in backends if name in spec.backends and spec.supports[name](*args) is None)
+    return next(found, "reference")
+
+
+def weight_formats_table() -> str:
+    """Which kernel reads, writes and multiplies by which format of 4-bit weights; what serves in its place if none."""
+    catalogue, make = pykern.catalogue(), Make("cpu", torch.bfloat16)
+    ops = ("quantize", "dequantize", "linear", "linear backward")
+    lines = ["| | " + " | ".join(f"{op}, {column}" for op in ops for column in _COLUMNS) + " |"]
+    lines.append("|---|" + "---|" * (len(ops) * len(_COLUMNS)))
+    for label, options, weight in weight_formats(make):
+        quantizer = catalogue["quantize_int4" if weight.code is None else "quantize_4bit"]
+        calls = {
+            "quantize": (quantizer, options),
+            "dequantize": (catalogue["dequantize_4bit"], (*weight.arguments, torch.bfloat16)),
+        }
+        if len(weight.shape) == 2:
+            x = make(4, weight.shape[1])
+            calls["linear"] = (catalogue["linear_4bit"], (x, *weight.arguments, None))
+            backward = catalogue["linear_4bit"].gradient.op
+            calls["linear backward"] = (backward, (None, x, *weight.arguments, None, [True, False]))
+        cells = []
+        for op in ops:
+            for name, chain in _COLUMNS.items():
+                served = "" if op not in calls else _first(chain, calls[op][0], *calls[op][1])
+                cells.append("kernel" if served == name else served)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def lora_table() -> str:
+    """Which backends have a kernel for which feature of a linear layer with adapters, on which format of its weight."""
+    make = Make("cpu", torch.bfloat16)
+    catalogue, weight = pykern.catalogue(), make(16, 128, grad=False)
+    formats: dict[str, tuple[str, tuple[Any, ...]]] = {"fp32, fp16, bf16": ("", (weight,))}
+    for label, _, packed in weight_formats(make):
+        if packed.shape == weight.shape:
+            formats[label] = ("_4bit", packed.arguments)
+    lines = ["| | " + " | ".join(formats) + " |", "|---|" + "---|" * len(formats)]
+    for op, features in (("lora_linear", lora_features), ("multi_lora_linear", multi_features)):
+        for label, x, rest in features(make, *weight.shape):
+            cells = [_kernels(catalogue[op + suffix], (x, *base, *rest)) for suffix, base in formats.values()]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _kernels(spec: OpSpec, args: Sequence[Any]) -> str:
+    """The backends whose own kernel serves the call."""
+    backward = spec.gradient.op
+    mask = [True] * len(backward.outputs)
+    found = []
+    for name in _COLUMNS:
+        serves = name in spec.backends and spec.supports[name](*args) is None
+        returns = name in backward.backends and backward.supports[name](None, *args, mask) is None
+        if serves or returns:
+            found.append(name if serves and returns else f"{name} ({'forward' if serves else 'backward'})")
+    return ", ".join(found) or "reference"
+
+
+def routers_table() -> str:
+    """Which kernel chooses experts in which way, forward and backward; what serves in its place if none."""
+    spec = pykern.catalogue()["moe_route"]
+    lines = ["| | " + " | ".join(_COLUMNS) + " |", "|---|" + "---|" * len(_COLUMNS)]
+    rows = [(sample.name, sample.args) for sample in route_features(Make("cpu", torch.bfloat16))]
+    rows += [
+        (str(d)[6:], next(iter(route_features(Make("cpu", d)))).args)
+        for d in (torch.float16, torch.float32, torch.float64)
+    ]
+    for label, args in rows:
+        logits, _, _, top_k, score, renormalize, *_, scale = args
+        ids = torch.zeros(len(logits), top_k, dtype=torch.int64)
+        cells = []
+        for name, chain in _COLUMNS.items():
+            forward = _first(chain, spec, *args)
+            backward = _first(chain, spec.gradient.op, None, logits, ids, score, renormalize, scale, [True])
+            served = "kernel" if forward == name else forward
+            cells.append(served if forward == backward else f"{served}, backward {backward}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def moe_layers_table() -> str:
+    """What `pykern.nn.MoE` takes over from each block of transformers; read off the layer that it makes."""
+    from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig, models
+
+    from pykern.nn import MoE
+
+    made = {
+        MixtralConfig: models.mixtral.modeling_mixtral.MixtralSparseMoeBlock,
+        Qwen3MoeConfig: models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock,
+        DeepseekV3Config: models.deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE,
+    }
+    with torch.device("meta"):
+        layers = {block.__name__: MoE.from_transformers(block(config())) for config, block in made.items()}
+    features = {
+        "experts, top": lambda layer: f"{len(layer.experts.down_proj)}, {layer.gate.top_k}",
+        "score": lambda layer: layer.gate.options.get("score", "softmax"),
+        "weights": lambda layer: "renormalised" if layer.gate.options.get("renormalize", True) else "as they are",
+        "scale": lambda layer: layer.gate.options.get("scale", 1.0),
+        "selection bias": lambda layer: layer.gate.e_score_correction_bias is not None,
+        "groups, chosen": lambda layer: "{num_groups}, {top_groups}".format_map(
+            {"num_groups": 1, "top_groups": 1, **layer.gate.options}
+        ),
+        "logits in fp32": lambda layer: layer.gate.fp32,
+        "shared experts": lambda layer: layer.shared_experts is not None,
+        "activation": lambda layer: layer.experts.activation,
+    }
+    lines = ["| | " + " | ".join(f"`{name}`" for name in layers) + " |", "|---|" + "---|" * len(layers)]
+    for label, read in features.items():
+        values = [read(layer) for layer in layers.values()]
+        cells = [{True: "yes", False: ""}[value] if isinstance(value, bool) else value for value in values]
+        lines.append(f"| {label} | " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
