@@ -61,14 +61,14 @@ def fused(rows: int, device: torch.device) -> bool:
     return rows <= (6 if device.type == "cpu" else FUSED_ROWS)
 
 
-def products_config(rows: int, rank: int, exact: bool, device: torch.device) -> Config:
-    """`exact`: fp32 without tensor cores, whose operands fill registers."""
+def products_config(rows: int, rank: int, exact: bool, scaled: bool, device: torch.device) -> Config:
+    """`exact`: fp32 without tensor cores, whose operands fill registers. What is `scaled` goes through them as well."""
     if device.type == "cpu":
         return Config(16, 32, 16, 32, 1, 1)
     tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if exact:
         return Config(min(tall, 32), 64, rank_block(rank, 64), 16, 4, 2)
-    return Config(tall, 64, rank_block(rank, 64), 64, 4, 4)
+    return Config(tall, 64, rank_block(rank, 64), 64, 4, 3 if scaled else 4)
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def products(
     (rows, depth), rank = given.shape, adapter.shape[-1]
     base_rows, width = (0, 0) if weight is None else (len(left), weight.shape[1])
     precision = wide_precision(adapter.dtype)
-    config = products_config(max(rows, base_rows), rank, precision == "ieee", given.device)
+    config = products_config(max(rows, base_rows), rank, precision == "ieee", scale is not None, given.device)
     tiles = route.tiles(rows, config.rows)
     tasks = tiles * triton.cdiv(rank, config.ranks)
     tasks += triton.cdiv(base_rows, config.rows) * triton.cdiv(width, config.columns)

@@ -47,7 +47,7 @@ def update_config(rows: int, rank: int, exact: bool, device: torch.device) -> Co
         return Config(16, 32, 16, 1)
     if exact:
         return Config(16 if rows <= 16 else 32, 64, 16, 4)
-    return Config(16, 128, rank_block(rank, 64), 4) if rows <= 16 else Config(64, 128, rank_block(rank, 64), 8)
+    return Config(16 if rows <= 16 else 64, 128, rank_block(rank, 64), 8)
 
 
 @triton.jit

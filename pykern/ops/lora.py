@@ -143,6 +143,7 @@ _lora_linear_backward = define_backward(
     backends=LORA_BACKWARD,
     supports=LORA_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost(*rest),
+    traffic=lambda backend, *_: 1.25,
 )
 
 _lora_linear = define(
@@ -158,6 +159,8 @@ _lora_linear = define(
     bad=bad_lora,
     cost=_cost,
     peers={"torch": _peft},
+    # A divided depth's sums go through the caches in fp32: of the samples' weight a tenth, of 4 bits a third.
+    traffic=lambda backend, *_: 1.1,
 )
 
 _lora_linear_4bit_backward = define_backward(
@@ -170,6 +173,7 @@ _lora_linear_4bit_backward = define_backward(
     backends=LORA_4BIT_BACKWARD,
     supports=LORA_4BIT_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost_4bit(*rest),
+    traffic=lambda backend, *_: 1.7,
 )
 
 _lora_linear_4bit = define(
@@ -184,6 +188,7 @@ _lora_linear_4bit = define(
     samples=lora_samples_4bit,
     bad=bad_lora_4bit,
     cost=_cost_4bit,
+    traffic=lambda backend, *_: 1.35,
     # As in linear_4bit, kernels multiply by a weight rounded to the input's dtype, besides rounding the result.
     tolerance=3.0,
     peers={"torch": lambda input, *rest: _peft(input, decode(*rest[:9], input.dtype), *rest[9:])},

@@ -124,6 +124,7 @@ _multi_lora_linear_backward = define_backward(
     backends=MULTI_BACKWARD,
     supports=MULTI_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost(*rest),
+    traffic=lambda backend, *_: 1.3,  # sums of a divided depth, as in lora.py; every adapter's gradient is written
 )
 
 _multi_lora_linear = define(
@@ -151,6 +152,7 @@ _multi_lora_linear_4bit_backward = define_backward(
     backends=MULTI_4BIT_BACKWARD,
     supports=MULTI_4BIT_BACKWARD_LACKS,
     cost=lambda dy, *rest: _cost_4bit(*rest),
+    traffic=lambda backend, *_: 1.6,
 )
 
 _multi_lora_linear_4bit = define(

@@ -306,8 +306,9 @@ __device__ __forceinline__ void add_update(Sums<kM>& c, const LoraArgs& a, const
 }
 
 // Grid: (tiles of rows, tiles of columns, splits).
+// To fit three blocks of 32 rows into a multiprocessor the compiler would spill; two have registers to spare.
 template <class T, int kRows, class Tiles>
-__global__ void __launch_bounds__(kLinearThreads) lora_forward(const LoraArgs a) {
+__global__ void __launch_bounds__(kLinearThreads, kRows == 32 ? 2 : 1) lora_forward(const LoraArgs a) {
   using Rank = RankProduct<T, kRows / 8, Tiles::kLaneChunks>;
   Sums<kRows / 8> c = {};
   Rank rank(a, static_cast<int>(blockIdx.z) * a.split_tiles * Tiles::kDepth);

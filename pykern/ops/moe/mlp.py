@@ -134,6 +134,7 @@ _moe_mlp_backward = define_backward(
         "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
     },
     cost=lambda doutput, *args: tuple(2 * c for c in _cost(*args)),
+    traffic=lambda backend, *_: 1.2,
 )
 
 _moe_mlp = define(
@@ -143,6 +144,7 @@ _moe_mlp = define(
     check=_check,
     fake=_fake,
     backward=_moe_mlp_backward,
+    traffic=lambda backend, *_: 1.2,  # the activation goes through memory between the two products
     backends={"triton": triton("moe_mlp", "moe_mlp"), "cpu": moe_mlp_sliced},
     supports={"triton": mlp_lacks},
     autocast=dict.fromkeys(("input", "gate_up", "down", "gate_up_bias", "down_bias"), "lower"),
