@@ -45,7 +45,8 @@ def gradient_config(rank: int, exact: bool, device: torch.device) -> Config:
     """`exact`: fp32 without tensor cores, whose operands fill registers."""
     if device.type == "cpu":
         return Config(16, 32, 16, 1, 1)
-    return Config(rank_block(rank, 32), 64, 32, 8, 2) if exact else Config(rank_block(rank, 64), 64, 32, 4, 3)
+    ranks = rank_block(rank, 32 if exact else 64)
+    return Config(ranks, 64, 32, ranks // 4, 2) if exact else Config(ranks, 64, 32, 4, 3)
 
 
 @triton.jit(do_not_specialize=["rows", "width", "wide_row", "small_splits", "splits", "threshold"])

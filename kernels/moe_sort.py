@@ -33,9 +33,13 @@ class Config:
             return Config(128, 1, 1, warps=1)
         tiles = triton.cdiv(slots, 1024)
         in_span = triton.cdiv(tiles, 128)
-        # Two slots to a thread: with more, the sort's steps fill registers until they spill on sm_80. Where there are
-        # 1024 experts, the bins fill them, and fewer threads may have more registers each.
+        # Two slots to a thread. Where there are 1024 experts, their bins fill registers, and fewer threads may have
+        # more of them each.
         return Config(1024, in_span, triton.cdiv(tiles, in_span), warps=16 if bins <= 1024 else 8)
+
+    def registers(self) -> int:
+        """Of a thread, for a program that has a multiprocessor to itself: for two, the compiler would spill."""
+        return min(65536 // (32 * self.warps), 255)
 
 
 @triton.jit
@@ -142,5 +146,6 @@ def moe_sort(expert_ids, num_experts):
         if counts is not None:
             _count_kernel[(config.spans,)](flat, counts, slots, config.tiles, **blocks)
         tensors, sizes = (flat, counts, order, inverse, offs), (slots, config.tiles, config.spans)
-        _place_kernel[(config.spans,)](*tensors, *sizes, **blocks, SPANS=max(4096 // bins, 1))
+        blocks |= {"SPANS": max(4096 // bins, 1), "maxnreg": config.registers()}
+        _place_kernel[(config.spans,)](*tensors, *sizes, **blocks)
     return order, inverse, offs

@@ -1,6 +1,9 @@
 """The README says what is so: its tables are the ones that the results give, its example runs, its commands exist."""
 
 import re
+from pathlib import Path
+
+import pytest
 
 from pykern.cli import COMMANDS
 from pykern.testing.readme import ROOT, render
@@ -13,7 +16,8 @@ def test_tables_are_generated_from_the_catalogue_and_the_committed_results() -> 
     assert README.count("\n|---|") >= 4
 
 
-def test_example_runs() -> None:
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert examples
     for example in examples:

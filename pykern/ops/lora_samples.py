@@ -22,7 +22,7 @@ def _rest(make: Any, n: int, out: int, rank: int) -> tuple[Any, ...]:
 
 # Width, rank and rows of the input: square layers, as query projections are.
 _LARGE = {
-    "bench": [(n, rank, rows) for n, rank in ((2048, 16), (4096, 16), (4096, 64)) for rows in (16, 512, 2048)],
+    "bench": [(2048, 16, 16), (2048, 64, 512), (4096, 16, 16), (4096, 64, 16), (4096, 16, 512), (4096, 64, 2048)],
     "traffic": [(512, 16, 4)],
 }
 
