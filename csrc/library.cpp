@@ -21,6 +21,8 @@ extern "C" __attribute__((visibility("default"))) void pykern_poison_memory(bool
 #define PYKERN_LORA \
   "Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? dora_scale, float scaling, float dropout_p, Tensor? rng"
 #define PYKERN_MULTI_LORA "Tensor lora_a, Tensor lora_b, Tensor adapter_ids, Tensor? bias, Tensor scaling"
+#define PYKERN_GROUPED_MM \
+  "Tensor mat_a, Tensor mat_b, Tensor? offs, Tensor? bias, ScalarType? out_dtype, Tensor? gather, Tensor? scatter"
 
 PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
   m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
@@ -105,4 +107,8 @@ PYKERN_LIBRARY(PYKERN_NAMESPACE, m) {
       "moe_route_backward(Tensor? dweights, Tensor logits, Tensor expert_ids, str score, bool renormalize, float scale,"
       " bool[1] output_mask) -> Tensor dlogits");
   m.def("moe_sort(Tensor expert_ids, int num_experts) -> (Tensor order, Tensor inverse, Tensor offs)");
+  m.def("grouped_mm(" PYKERN_GROUPED_MM ") -> Tensor output");
+  m.def(
+      "grouped_mm_backward(Tensor? doutput, " PYKERN_GROUPED_MM ", bool[3] output_mask)"
+      " -> (Tensor dmat_a, Tensor dmat_b, Tensor dbias)");
 }

@@ -13,12 +13,8 @@ from pykern.ops._backends import triton
 from pykern.ops._spec import define, define_backward
 from pykern.ops._weight4bit import Weight4bit
 from pykern.ops.moe._common import checks_on_host
-from pykern.ops.moe._products import (
-    grouped_mm_backward_sliced,
-    grouped_mm_reference,
-    grouped_mm_sliced,
-    jagged_length,
-)
+from pykern.ops.moe._grouped_cpu import grouped_mm_backward_cpu, grouped_mm_cpu
+from pykern.ops.moe._products import grouped_mm_reference, jagged_length
 from pykern.ops.moe.grouped_4bit import check_grouped_4bit, grouped_mm_4bit
 from pykern.ops.moe.grouped_checks import check_grouped, check_grouped_values, fake_grouped
 from pykern.ops.moe.grouped_peers import loop_over_groups, torch_grouped_mm
@@ -63,7 +59,7 @@ _grouped_mm_backward = define_backward(
     f"pykern::grouped_mm_backward(Tensor? doutput, {_SCHEMA}, bool[3] output_mask, *, str? backend=None)"
     " -> (Tensor dmat_a, Tensor dmat_b, Tensor dbias)",
     check=_check_backward,
-    backends={"triton": triton("grouped_mm", "grouped_mm_backward"), "cpu": grouped_mm_backward_sliced},
+    backends={"triton": triton("grouped_mm", "grouped_mm_backward"), "cpu": grouped_mm_backward_cpu},
     supports={
         "triton": _triton_backward_lacks,
         "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
@@ -77,7 +73,7 @@ _grouped_mm = define(
     check=check_grouped,
     fake=fake_grouped,
     backward=_grouped_mm_backward,
-    backends={"triton": triton("grouped_mm", "grouped_mm"), "cpu": grouped_mm_sliced},
+    backends={"triton": triton("grouped_mm", "grouped_mm"), "cpu": grouped_mm_cpu},
     supports={"triton": _triton_lacks},
     autocast=dict.fromkeys(("mat_a", "mat_b", "bias"), "lower"),
     samples=grouped_samples,

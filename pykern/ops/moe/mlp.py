@@ -14,7 +14,7 @@ from pykern.ops._backends import triton
 from pykern.ops._spec import define, define_backward
 from pykern.ops.moe._backends import mlp_backward_lacks, mlp_lacks
 from pykern.ops.moe._common import FLOAT_DTYPES, check_choice, check_id_values, check_ids, is_expert, wide_dtype
-from pykern.ops.moe._mlp_sliced import moe_mlp_backward_sliced, moe_mlp_sliced
+from pykern.ops.moe._mlp_cpu import moe_mlp_backward_cpu, moe_mlp_cpu
 from pykern.ops.moe._products import grouped_mm_reference
 from pykern.ops.moe.activations import ACTIVATIONS
 from pykern.ops.moe.mlp_samples import bad_mlps, mlp_samples
@@ -128,7 +128,7 @@ _moe_mlp_backward = define_backward(
         _check(input, *rest[:7]),
         check_like("doutput", doutput, input, input.shape, (input.dtype,)),
     ),
-    backends={"triton": triton("moe_mlp_backward", "moe_mlp_backward"), "cpu": moe_mlp_backward_sliced},
+    backends={"triton": triton("moe_mlp_backward", "moe_mlp_backward"), "cpu": moe_mlp_backward_cpu},
     supports={
         "triton": mlp_backward_lacks,
         "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
@@ -145,7 +145,7 @@ _moe_mlp = define(
     fake=_fake,
     backward=_moe_mlp_backward,
     traffic=lambda backend, *_: 1.2,  # the activation goes through memory between the two products
-    backends={"triton": triton("moe_mlp", "moe_mlp"), "cpu": moe_mlp_sliced},
+    backends={"triton": triton("moe_mlp", "moe_mlp"), "cpu": moe_mlp_cpu},
     supports={"triton": mlp_lacks},
     autocast=dict.fromkeys(("input", "gate_up", "down", "gate_up_bias", "down_bias"), "lower"),
     samples=mlp_samples,
