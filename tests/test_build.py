@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -285,3 +286,12 @@ def test_kernels_is_no_regular_package() -> None:
 def test_tests_and_benchmarks_share_no_file_name() -> None:
     tests, benchmarks = ({path.name for path in (ROOT / name).glob("test_*.py")} for name in ("tests", "benchmarks"))
     assert tests and benchmarks and not tests & benchmarks
+
+
+def test_no_launcher_waits_for_the_device() -> None:
+    """A call that does could not be captured in a CUDA graph. Those of Triton are run without memory in test_ledger."""
+    sources = [path for folder in ("cuda", "include") for path in (ROOT / "csrc" / folder).rglob("*.*")]
+    assert len(sources) > 20
+    for path in sources:
+        waits = re.search(r"cuda\w*Synchronize|cudaMemcpy\w*|cudaMalloc\w*|\bitem\(", path.read_text())
+        assert not waits, f"{path.name} calls {waits[0]}"

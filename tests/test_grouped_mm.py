@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import pykern
+from pykern import toolchain
 from pykern.ops import dequantize_4bit, grouped_mm, quantize_4bit
 from pykern.ops.moe.grouped_lora import lora_grouped_mm
 from pykern.testing.accuracy import check_close
@@ -90,3 +92,28 @@ def test_adapters_on_experts(dtype: torch.dtype, adapters: torch.dtype, quantize
     names = ("output", "mat_a", "lora_a", "lora_b", "bias")
     for name, ours, exact, plain in zip(names, found, merged(torch.float64), merged(torch.float32), strict=True):
         check_close(name, ours, exact, [plain])
+
+
+@pytest.mark.skipif(toolchain.cuda_include() is None, reason="the emulator needs CUDA's headers")
+@pytest.mark.parametrize("packed", ["rows", "columns", "neither"])
+@pytest.mark.parametrize("rows", [40, 140, 290], ids=lambda rows: f"{rows // 4} rows a group")  # 16, 64, 128 in a tile
+def test_tiles_of_the_cuda_kernels(rows: int, packed: str) -> None:
+    a, bias = leaf(50, 72, dtype=torch.bfloat16), leaf(4, 136, dtype=torch.bfloat16)
+    b = torch.randn(4, 72, 136).bfloat16()
+    b = b if packed == "rows" else b.mT.contiguous().mT if packed == "columns" else b.repeat_interleave(2, 2)[..., ::2]
+    offs = torch.tensor([rows // 5, rows // 7, rows - 3, rows - 3], dtype=torch.int32)  # the second counts as the first
+    gather, scatter = torch.randint(-1, 51, (rows,)), torch.randperm(rows)
+    scatter[2] = rows  # lost
+    grad = torch.randn(rows, 136).bfloat16()
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (a, b, bias)]
+        with pykern.backend(backend):
+            out = grouped_mm(*leaves[:2], offs=offs, bias=leaves[2], gather=gather, scatter=scatter)
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    found, plain = results("cuda", torch.bfloat16), results("reference", torch.bfloat16)
+    for name, ours, exact, torchs in zip(
+        ("output", "mat_a", "mat_b", "bias"), found, results("reference", torch.float64), plain, strict=True
+    ):
+        check_close(name, ours, exact, [torchs])

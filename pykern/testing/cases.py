@@ -14,6 +14,7 @@ import pykern
 from pykern.ops._backends import unavailable
 from pykern.ops._spec import OpSpec, Sample
 from pykern.testing import checks, refusals
+from pykern.testing.graphs import check_graph
 from pykern.testing.inputs import Make, as_tuple, differentiable, map_tensors, samples
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -96,6 +97,8 @@ def _backend_cases(name: str, spec: OpSpec, backend: str, device: str, kind: str
     for sample in [s for s in served if _numel(s)][:2]:
         for check, fn in ONCE.items():
             yield case(check, sample.name, fn, sample.args)
+        if device == "cuda" and backend != "reference":
+            yield case("graph", sample.name, check_graph, sample.args)
     if served:
         yield case("compile", "changing shapes", checks.check_compile, [s.args for s in served[:6]])
 

@@ -10,9 +10,12 @@ import torch
 import pykern
 from pykern.ops._spec import OpSpec, Sample
 from pykern.ops.lora_samples import lora_features, multi_features
+from pykern.ops.moe.grouped_samples import grouped_samples
+from pykern.ops.moe.grouped_samples_4bit import grouped_4bit_samples
+from pykern.ops.moe.mlp_samples import mlp_samples
 from pykern.ops.moe.route_samples import route_features
 from pykern.ops.weight4bit_samples import weight_formats
-from pykern.testing.inputs import Make
+from pykern.testing.inputs import Make, as_tuple
 
 # Each backend's column, and what serves there if its own kernel does not.
 _COLUMNS = {"cuda": ("cuda", "triton"), "triton": ("triton",), "cpu": ("cpu",)}
@@ -38,8 +41,12 @@ def feature_table(op: str, features: Callable[[Any], Iterable[Sample]]) -> str:
 
 
 def _first(backends: Sequence[str], spec: OpSpec, *args: Any) -> str:
-    found = (name for name in backends if name in spec.backends and spec.supports[name](*args) is None)
-    return next(found, "reference")
+    return next((name for name in backends if _serves(spec, name, args)), "reference")
+
+
+def _serves(spec: OpSpec, name: str, args: Sequence[Any]) -> bool:
+    lacks = spec.supports.get(name)
+    return name in spec.backends and (lacks is None or lacks(*args) is None)
 
 
 def weight_formats_table() -> str:
@@ -84,14 +91,14 @@ def lora_table() -> str:
     return "\n".join(lines)
 
 
-def _kernels(spec: OpSpec, args: Sequence[Any]) -> str:
-    """The backends whose own kernel serves the call."""
+def _kernels(spec: OpSpec, args: Sequence[Any], kept: Sequence[Any] = (), gradient: Any = None) -> str:
+    """The backends whose own kernel serves the call; its backward gets what the forward `kept`, and a `gradient`."""
     backward = spec.gradient.op
     mask = [True] * len(backward.outputs)
     found = []
     for name in _COLUMNS:
-        serves = name in spec.backends and spec.supports[name](*args) is None
-        returns = name in backward.backends and backward.supports[name](None, *args, mask) is None
+        serves = _serves(spec, name, args)
+        returns = _serves(backward, name, (gradient, *args, *kept, mask))
         if serves or returns:
             found.append(name if serves and returns else f"{name} ({'forward' if serves else 'backward'})")
     return ", ".join(found) or "reference"
@@ -116,6 +123,32 @@ def routers_table() -> str:
             served = "kernel" if forward == name else forward
             cells.append(served if forward == backward else f"{served}, backward {backward}")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def experts_table() -> str:
+    """Which backends have a kernel for which product of experts, forward and backward."""
+    catalogue, lines = pykern.catalogue(), ["| | `grouped_mm` | `moe_mlp` |", "|---|---|---|"]
+
+    def served(op: str, samples: Callable[[str, Any], Iterable[Sample]], name: str, dtype: torch.dtype) -> str:
+        args = next(sample.args for sample in samples("smoke", Make("cpu", dtype)) if sample.name == name)
+        out, *kept = as_tuple(catalogue[op].fake(*args))
+        return _kernels(catalogue[op], args, kept, out)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        grouped = served("grouped_mm", grouped_samples, "rows", dtype)
+        lines.append(f"| {str(dtype)[6:]} | {grouped} | {served('moe_mlp', mlp_samples, 'small', dtype)} |")
+    for label, name, activations in (
+        ("biases", "bias of each group", "biases"),
+        ("gathered and scattered rows, dropped slots", "both and bias", "dropped slots"),
+        ("groups of summands", "summands", None),
+        ("groups of columns", "columns", None),
+    ):
+        grouped = served("grouped_mm", grouped_samples, name, torch.bfloat16)
+        gated = served("moe_mlp", mlp_samples, activations, torch.bfloat16) if activations else ""
+        lines.append(f"| {label} | {grouped} | {gated} |")
+    for label in ("nf4", "fp4 nested", "int4"):
+        lines.append(f"| {label} | {served('grouped_mm_4bit', grouped_4bit_samples, label, torch.bfloat16)} | |")
     return "\n".join(lines)
 
 

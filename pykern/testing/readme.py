@@ -14,6 +14,7 @@ from pykern.ops.attention_samples import dense_features
 from pykern.ops.attention_varlen_samples import varlen_features
 from pykern.testing.commands import backend_table, forward_ops
 from pykern.testing.feature_tables import (
+    experts_table,
     feature_table,
     lora_table,
     moe_layers_table,
@@ -42,8 +43,8 @@ def speed_table(path: Path) -> str:
     return "\n".join([*lines, "", about(result)])
 
 
-def rivals_table(path: Path) -> str:
-    """One line an op, dtype, mode and sample: the time of each peer over ours."""
+def rivals_table(path: Path, beside_torch: bool = False) -> str:
+    """One line an op, dtype, mode and sample: the time of each peer over ours, if asked of torch's own ops too."""
     result = json.loads(path.read_text())
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in result["records"]:
@@ -53,6 +54,9 @@ def rivals_table(path: Path) -> str:
         key: next(group[name] for name in forward_ops()[key[0]].backends if name in group)
         for key, group in groups.items()
     }
+    if beside_torch:
+        for ours in chosen.values():
+            ours["over"] = {"torch": (ours["speedup"], ours["low"], ours["high"]), **ours["over"]}
     peers = list(dict.fromkeys(peer for ours in chosen.values() for peer in ours["over"]))
     lines = ["| op | sample | dtype | | ms | " + " | ".join(f"× {peer} (95 %)" for peer in peers) + " |"]
     lines.append("|---|---|---|---|---|" + "---|" * len(peers))
@@ -137,8 +141,11 @@ def render(text: str) -> str:
         "weight_formats": weight_formats_table,
         "lora": lora_table,
         "routers": routers_table,
+        "experts": experts_table,
         "moe_layers": moe_layers_table,
         "weight_speed": lambda: rivals_table(RESULTS / "cpu-4bit.json"),
+        "lora_speed": lambda: rivals_table(RESULTS / "cpu-lora.json"),
+        "moe_speed": lambda: rivals_table(RESULTS / "cpu-moe.json", beside_torch=True),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),
         "attention_packed_speed": lambda: speed_table(RESULTS / "cpu-attention-packed.json"),

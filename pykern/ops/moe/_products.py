@@ -62,12 +62,12 @@ def grouped_mm_reference(
             out = torch.stack([a.where(m, 0.0) @ b.where(m.unsqueeze(1), 0.0) for m in mine])
         elif form == (3, 2):
             out = a.new_zeros(a.shape[1], b.shape[1])
-            for g, m in enumerate(mine):
-                out = torch.where(m, a[g] @ b.where(m, 0.0), out)
+            for matrix, m in zip(a.unbind(), mine, strict=True):  # whose gradient is one stack, not a sum of zeros
+                out = torch.where(m, matrix @ b.where(m, 0.0), out)
         else:
             out = a.new_zeros(a.shape[0], b.shape[2])
-            for g, m in enumerate(mine):
-                out = torch.where(m.unsqueeze(1), a.where(m.unsqueeze(1), 0.0) @ b[g], out)
+            for matrix, m in zip(b.unbind(), mine, strict=True):
+                out = torch.where(m.unsqueeze(1), a.where(m.unsqueeze(1), 0.0) @ matrix, out)
     if bias is not None:
         biases = bias.to(wide).broadcast_to(b.shape[0] if form[1] == 3 else offs.shape[0], b.shape[-1])
         out = out + (F.embedding(group, F.pad(biases, (0, 0, 0, 1))) if form == (2, 3) else biases.unsqueeze(1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.ops._backends import triton
+from pykern.ops._backends import native, triton
 from pykern.ops._spec import define, define_backward
 from pykern.ops._weight4bit import Weight4bit
 from pykern.ops.moe._common import checks_on_host
@@ -47,8 +47,16 @@ def _triton_lacks(mat_a: Tensor, mat_b: Tensor, offs: Any, bias: Any, out_dtype:
     return None
 
 
-def _triton_backward_lacks(doutput: Tensor | None, *args: Any) -> str | None:
-    return "no gradient to start from" if doutput is None else _triton_lacks(*args[:5])
+def _cuda_lacks(mat_a: Tensor, mat_b: Tensor, offs: Any, bias: Tensor | None, out_dtype: Any, *_: Any) -> str | None:
+    if mat_a.dtype not in (torch.float16, torch.bfloat16):
+        return f"computes fp16 and bf16, not {mat_a.dtype}"
+    if bias is not None and bias.dtype == torch.float64:
+        return "takes a bias of up to 32 bits, not torch.float64"
+    return _triton_lacks(mat_a, mat_b, offs, bias, out_dtype)
+
+
+def _backward_lacks(lacks: Any) -> Any:
+    return lambda doutput, *args: "no gradient to start from" if doutput is None else lacks(*args[:5])
 
 
 _SCHEMA = (
@@ -59,10 +67,15 @@ _grouped_mm_backward = define_backward(
     f"pykern::grouped_mm_backward(Tensor? doutput, {_SCHEMA}, bool[3] output_mask, *, str? backend=None)"
     " -> (Tensor dmat_a, Tensor dmat_b, Tensor dbias)",
     check=_check_backward,
-    backends={"triton": triton("grouped_mm", "grouped_mm_backward"), "cpu": grouped_mm_backward_cpu},
+    backends={
+        "cuda": native("cuda", "grouped_mm_backward"),
+        "triton": triton("grouped_mm", "grouped_mm_backward"),
+        "cpu": grouped_mm_backward_cpu,
+    },
     supports={
-        "triton": _triton_backward_lacks,
-        "cpu": lambda doutput, *args: "no gradient to start from" if doutput is None else None,
+        "cuda": _backward_lacks(_cuda_lacks),
+        "triton": _backward_lacks(_triton_lacks),
+        "cpu": _backward_lacks(lambda *args: None),
     },
     cost=lambda doutput, *args: tuple(2 * c for c in _cost(*args[:-1])),
 )
@@ -73,8 +86,12 @@ _grouped_mm = define(
     check=check_grouped,
     fake=fake_grouped,
     backward=_grouped_mm_backward,
-    backends={"triton": triton("grouped_mm", "grouped_mm"), "cpu": grouped_mm_cpu},
-    supports={"triton": _triton_lacks},
+    backends={
+        "cuda": native("cuda", "grouped_mm"),
+        "triton": triton("grouped_mm", "grouped_mm"),
+        "cpu": grouped_mm_cpu,
+    },
+    supports={"cuda": _cuda_lacks, "triton": _triton_lacks},
     autocast=dict.fromkeys(("mat_a", "mat_b", "bias"), "lower"),
     samples=grouped_samples,
     bad=bad_groups,
