@@ -26,11 +26,12 @@ def loop_over_groups(
     if mat_b.dim() == 2 and mat_a.dim() == 2:
         out = torch.stack([a[:, s:e] @ mat_b[s:e] for _, (s, e) in parts])
         return out if bias is None else out + bias.broadcast_to(out.shape[0], out.shape[2]).unsqueeze(1)
+    # unbind, whose gradient is one stack; that of indexing is a sum of as many zeros as there are groups.
     if mat_a.dim() == 3:
-        products = [a[g] @ mat_b[:, s:e] for g, (s, e) in parts]
+        products = [matrix @ mat_b[:, s:e] for matrix, (_, (s, e)) in zip(a.unbind(), parts, strict=True)]
         rest = products[0].new_zeros(a.shape[1], mat_b.shape[1] - parts[-1][1][1])
         return torch.cat([*products, rest], 1)
-    products = [a[s:e] @ mat_b[g] for g, (s, e) in parts]
+    products = [a[s:e] @ matrix for matrix, (_, (s, e)) in zip(mat_b.unbind(), parts, strict=True)]
     if bias is not None:
         biases = bias.broadcast_to(mat_b.shape[0], mat_b.shape[2])
         products = [product + biases[g] for g, product in enumerate(products)]

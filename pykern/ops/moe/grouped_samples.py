@@ -16,14 +16,15 @@ def grouped_samples(kind: str, make: Any) -> Iterator[Sample]:
     def even(groups: int, rows: int) -> Tensor:
         return (torch.arange(1, groups + 1, device=make.device) * (rows // groups)).int()
 
+    none = (None, None, None, None)
     if kind == "bench":
-        part = 1 if make.device.type == "cuda" else 8  # of the experts' width and of the rows, to fit a CPU
+        # A CPU gets a part of the experts' width and of the rows.
+        part, rows_part = (1, 1) if make.device.type == "cuda" else (16, 8)
         for name, experts, width, size, rows in (("mixtral", 8, 28672, 4096, 4096), ("qwen3", 128, 1536, 2048, 8192)):
             weight = make(experts, width // part, size, scale=0.02).mT
-            args = (make(rows // part, size), weight, even(experts, rows // part), None, None, None, None)
-            yield Sample(f"{name}/{part} gate_up {rows // part} rows", args)
+            rows //= rows_part
+            yield Sample(f"{name}/{part} gate_up {rows} rows", (make(rows, size), weight, even(experts, rows), *none))
         return
-    none = (None, None, None, None)
     if kind == "traffic":
         yield Sample("rows", (make(64, 256), make(2, 256, 64), ends(32, 64), *none))
         return
