@@ -159,9 +159,10 @@ def in_row(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def strides_in_units(a: Tensor, b: Tensor, *sizes: int) -> tuple[int, list[int | None]]:
     """The unit, the most elements up to 16 bytes that divide strides and sizes, and the strides in it, None for 1."""
-    strides = (a.stride(0), *b.stride())
-    unit = math.gcd(16 // a.element_size(), *sizes, *(stride for stride in strides if stride != 1))
-    return unit, [None if place > 1 and stride == 1 else stride // unit for place, stride in enumerate(strides)]
+    apart = [tensor.stride(0) if len(tensor) > 1 else 0 for tensor in (a, b)]  # 1 where they overlap
+    steps = [None if stride == 1 else stride for stride in b.stride()[1:]]
+    unit = math.gcd(16 // a.element_size(), *sizes, *apart, *(step for step in steps if step is not None))
+    return unit, [None if step is None else step // unit for step in (*apart, *steps)]
 
 
 def bounded_programs(config: Config, rows: int, groups: int, columns: int, device: torch.device) -> int:

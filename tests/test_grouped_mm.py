@@ -34,6 +34,13 @@ def by_hand(a: Tensor, matrices: Tensor, gather: Tensor, scatter: Tensor) -> Ten
     return torch.zeros_like(rows).index_copy(0, scatter, rows)
 
 
+def test_rows_and_groups_may_overlap_by_all_but_one_element() -> None:
+    tiles = pytest.importorskip("pykern.kernels.grouped_mm_tiles")
+    a, b = torch.empty(80).unfold(0, 64, 1), torch.empty(4096).as_strided((3, 64, 32), (1, 32, 1))
+    assert tiles.strides_in_units(a, b, 64, 32) == (1, [1, 1, 32, None])
+    assert tiles.strides_in_units(a[:1], b[:1], 64, 32) == (4, [0, 0, 8, None])
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "int4"])
 def test_4bit_experts_are_those_that_they_decode_to(quant_type: str) -> None:
     weight = quantize_4bit(torch.randn(4, WIDTH, SIZE), quant_type=quant_type, blocksize=32)

@@ -171,6 +171,10 @@ def test_dora_magnitude_must_fit() -> None:
     for wrong in (torch.ones(()), torch.ones(24, 1), torch.ones(40)):
         with pytest.raises(ValueError, match=r"magnitude: expected shape \(24,\), got"):
             lora_linear(normal(2, 40, seed=5), weight, a, b, magnitude=wrong)
+    with pytest.raises(TypeError, match="magnitude: expected dtype torch.float64 or torch.float32, got torch.int64"):
+        lora_linear(normal(2, 40, seed=5), weight, a, b, magnitude=torch.ones(24, dtype=torch.int64))
+    with pytest.raises(ValueError, match="magnitude: expected device cpu as the input, got meta"):
+        lora_linear(normal(2, 40, seed=5), weight, a, b, magnitude=torch.ones(24, device="meta"))
 
 
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])

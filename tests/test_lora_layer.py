@@ -263,6 +263,12 @@ def half_loaded() -> Linear4bit:
     return base
 
 
+def hooked() -> nn.Linear:
+    base = linear()
+    base.register_forward_pre_hook(lambda module, args: None)
+    return base
+
+
 def only_codes() -> nn.Linear:
     base = linear()
     base.weight = nn.Parameter(quantize_4bit(base.weight).codes, requires_grad=False)
@@ -273,6 +279,9 @@ def only_codes() -> nn.Linear:
     ("make", "options", "error", "message"),
     [
         (linear, {"r": 0}, ValueError, "r: expected a rank of 1 or more, got 0"),
+        (linear, {"r": 2.5}, TypeError, "r: expected an integer, got 2.5"),
+        (linear, {"alpha": "16"}, TypeError, "alpha: expected a number, got '16'"),
+        (hooked, {}, ValueError, "base_layer: it has forward hooks, which would not be called any more"),
         (linear, {"alpha": 0.0}, ValueError, "alpha: expected a number above 0, got 0.0"),
         (linear, {"dropout": 1.5}, ValueError, "dropout: expected a probability from 0 to 1, got 1.5"),
         (lambda: nn.Embedding(3, 4), {}, TypeError, r"base_layer: expected .*, got torch.nn.modules.sparse.Embedding"),

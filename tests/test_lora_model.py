@@ -157,6 +157,12 @@ def test_adapters_are_added_to_adapted_models() -> None:
         ),
         ({"target_modules": "q_proj"}, ValueError, "nothing matches q_proj"),
         ({"target_modules": []}, ValueError, "nothing matches an empty list"),
+        (
+            {"target_modules": None},
+            TypeError,
+            "target_modules: expected a name, a regular expression or names, got None",
+        ),
+        ({"target_modules": "*"}, ValueError, r"target_modules: '\*' is no regular expression"),
         ({"target_modules": [], "target_parameters": ["gate"]}, ValueError, "nothing matches an empty list or gate"),
         ({"target_modules": ["embed"]}, TypeError, "target_modules: embed: base_layer: .*Embedding"),
         ({"target_modules": ["q_proj", "layers.0"]}, TypeError, "target_modules: layers.0: base_layer: expected"),
@@ -246,6 +252,24 @@ def test_the_adapters_of_experts_start_as_those_of_layers_do() -> None:
     assert adapter.lora_A.weight.shape == (3, 4, 32) and adapter.lora_B.weight.shape == (3, 48, 4)
     bound = 32**-0.5
     assert 0.9 * bound < adapter.lora_A.weight.abs().max() <= bound and not adapter.lora_B.weight.any()
+
+
+def test_the_weights_of_experts_have_a_gradient_though_they_were_looked_at_without() -> None:
+    class Counted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = self.up.abs().max()
+            return torch.einsum("eoi,i->eo", self.up, x) / scale
+
+    one = torch.nn.Sequential(Counted())
+    pykern.add_lora(one, [], target_parameters=["up"])
+    one(torch.randn(5)).sum().backward()
+    ((_, adapter),) = adapters(one)
+    assert adapter.lora_B.weight.grad.any()
 
 
 def test_the_weights_of_experts_are_made_once_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +416,7 @@ KEY = f"{PREFIX}layers.0.q_proj.lora_A.weight"
         (lambda t: None, {"bias": "all"}, ValueError, "bias is 'all', which no adapter here has"),
         (lambda t: None, {"modules_to_save": ["x"]}, ValueError, r"modules_to_save is \['x'\], which no adapter"),
         (lambda t: None, {"peft_type": "LOHA"}, ValueError, "peft_type: expected LORA, got LOHA"),
+        (lambda t: None, {"init_lora_weights": "pissa"}, ValueError, "init_lora_weights is 'pissa', which changes"),
     ],
 )
 def test_files_that_do_not_fit(
@@ -400,8 +425,10 @@ def test_files_that_do_not_fit(
     pykern.save_adapter(adapted(target_modules=["q_proj"], target_parameters=[]), tmp_path)
     rewritten(tmp_path, change, **settings)
     one = model() if fresh else adapted(target_modules=["q_proj"], target_parameters=[])
+    before = {name: parameter.requires_grad for name, parameter in one.named_parameters()}
     with pytest.raises(error, match=message):
         pykern.load_adapter(one, tmp_path)
+    assert {name: parameter.requires_grad for name, parameter in one.named_parameters()} == before
 
 
 def test_adapters_of_other_settings_are_not_loaded(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """`pykern.nn.MoE` against the sparse blocks of transformers: weights, outputs and gradients."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from pykern.nn import MoE
 from pykern.nn.quantize_model import quantize_model
@@ -113,18 +115,33 @@ def test_the_layer_takes_over_parameters_mode_and_what_is_frozen() -> None:
     assert layer.gate.e_score_correction_bias is block.gate.e_score_correction_bias
 
 
-def test_in_a_model_of_transformers_it_changes_nothing_but_the_speed() -> None:
+@pytest.mark.parametrize(
+    "change", [quantize_model, lambda block: parametrizations.weight_norm(block.experts, "down_proj")]
+)
+def test_a_changed_block_is_named(change: Callable[[nn.Module], nn.Module]) -> None:
+    block = random_block(mixtral)
+    change(block)
+    with pytest.raises(ValueError, match="block: expected the parameters of transformers, but experts.* was changed"):
+        MoE.from_transformers(block)
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "router_logits recorded before"])
+def test_in_a_model_of_transformers_it_changes_nothing_but_the_speed(recorded: bool) -> None:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         **SIZES, vocab_size=31, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
     model = transformers.MixtralForCausalLM(config).eval()
     ids = torch.randint(31, (2, 9))
-    expected = model(ids, labels=ids)
+    expected = model(ids, labels=ids, output_router_logits=recorded)
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer in model.model.layers:
         layer.mlp = MoE.from_transformers(layer.mlp)
-    ours = model(ids, labels=ids)
+    ours = model(ids, labels=ids, output_router_logits=True)
+    if recorded:
+        torch.testing.assert_close(ours.router_logits, expected.router_logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.aux_loss, expected.aux_loss)
+    assert len(ours.router_logits) == 2
     torch.testing.assert_close(ours.logits, expected.logits, rtol=0, atol=1e-5 * expected.logits.abs().max().item())
     assert model.state_dict().keys() == saved.keys()
     ours.loss.backward()

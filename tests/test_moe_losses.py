@@ -26,6 +26,17 @@ def assert_near(result: Tensor, expected: Tensor, ulps: float = 32) -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=bound)
 
 
+def test_the_load_compiles_whole() -> None:
+    mask = torch.tensor([1, 1, 0, 1, 1, 1])
+    compiled = torch.compile(
+        lambda ids: moe_load(ids, 4, attention_mask=mask[: len(ids)]), fullgraph=True, backend="aot_eager"
+    )
+    for tokens in (6, 4, 5):
+        ids = torch.randint(4, (tokens, 2))
+        found, expected = compiled(ids), moe_load(ids, 4, attention_mask=mask[:tokens])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_balanced_routing_costs_top_k() -> None:
     for score in ("softmax", "sigmoid"):
         for top_k in (1, 2, 4):

@@ -99,6 +99,20 @@ def test_files_go_both_ways(options: dict[str, Any], tmp_path: Path) -> None:
     assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
 
 
+def test_an_adapted_output_layer_goes_both_ways(tmp_path: Path) -> None:
+    """PEFT saves the layer itself beside its adapter."""
+    base = mistral()
+    torch.nn.init.normal_(base.lm_head.weight, std=0.1)  # as if it had been given other rows
+    reference = theirs(base, target_modules=["lm_head"])
+    one = ours(mistral(), reference, tmp_path / "theirs")
+    assert_same(logits(one), logits(reference))
+    pykern.save_adapter(one, tmp_path / "ours")
+    back = mistral()
+    back.lm_head.load_state_dict(one.lm_head.base_layer.state_dict())
+    back = peft.PeftModel.from_pretrained(back, tmp_path / "ours").eval()
+    assert_same(logits(back), logits(reference))
+
+
 def test_ranks_and_alphas_by_layer_go_both_ways(tmp_path: Path) -> None:
     patterns = {
         "rank_pattern": {"v_proj": 4, "layers.1.self_attn.q_proj": 2},

@@ -1,8 +1,11 @@
 """Adapters in the files of PEFT: adapter_model.safetensors and adapter_config.json."""
 
+import copy
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,17 @@ _PREFIX = "base_model.model."
 # below, or the adapter would be loaded as another than it is.
 _IRRELEVANT = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
 )  # fmt: skip
 _READ = (
-    "alpha_pattern", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "target_modules",
-    "target_parameters", "use_dora", "use_rslora",
+    "alpha_pattern", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern",
+    "target_modules", "target_parameters", "use_dora", "use_rslora",
 )  # fmt: skip
+
+
+# Beginnings that leave the base layer as it is. The others take a part of the adapter away from it.
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: torch.nn.Module, folder: Path | str) -> None:
@@ -65,7 +72,8 @@ def load_adapter(model: torch.nn.Module, folder: Path | str) -> torch.nn.Module:
 
     Raises:
         KeyError: an adapter of the model is not in the files.
-        ValueError: the files hold what the model has no place for, or what nothing here computes; it is named.
+        ValueError: the files hold what the model has no place for, or what nothing here computes; it is named. In both
+            cases the model is as it was.
     """
     from safetensors.torch import load_file
 
@@ -77,26 +85,48 @@ def load_adapter(model: torch.nn.Module, folder: Path | str) -> torch.nn.Module:
             raise ValueError(f"{key}: expected a name that begins with {_PREFIX}")
         tensors[key.removeprefix(_PREFIX)] = tensor
     if not any(True for _ in adapters(model)):
+        # Tried first where there is no memory, so that what does not fit leaves the model as it is.
+        trial = _without_memory(model)
+        _add(trial, config, tensors)
+        _places(trial, config, tensors, folder)
         _add(model, config, tensors)
+    with torch.no_grad():
+        for tensor, read, to in _places(model, config, tensors, folder):
+            to.copy_(read(tensor))
+    return model
+
+
+def _without_memory(model: torch.nn.Module) -> torch.nn.Module:
+    known: dict[int, Any] = {id(b): b.detach().to("meta") for b in model.buffers()}
+    known |= {id(p): torch.nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, known)
+
+
+def _places(
+    model: torch.nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
+) -> list[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]]:
+    """Each tensor of the files, how it is read, and where it belongs."""
     found = dict(adapters(model))
     _require_same(found, _options(config))
     places = {
-        f"{prefix}.{key}": (adapter, key, parameter)
+        f"{prefix}.{key}": (_to_peft(adapter, key, parameter), partial(_from_peft, adapter, key), parameter)
         for prefix, adapter in _prefixed(found).items()
         for key, parameter in adapter_parameters(adapter).items()
     }
     if missing := sorted(places.keys() - tensors.keys()):
         raise KeyError(f"{missing[0]}: missing in {folder / WEIGHTS}")
+    # PEFT saves output layers and embeddings beside their adapters, because somebody may have given them new rows.
+    for name, adapter in found.items():
+        if isinstance(adapter, LoRALinear) and isinstance(adapter.base_layer, torch.nn.Linear):
+            for key, parameter in adapter.base_layer.named_parameters():
+                if (full := f"{name}.base_layer.{key}") in tensors:
+                    places[full] = (parameter, torch.nn.Identity(), parameter)
     if foreign := sorted(tensors.keys() - places.keys()):
         raise ValueError(f"{foreign[0]}: the model has no place for it")
-    for name, (adapter, key, parameter) in places.items():
-        wanted = tuple(_to_peft(adapter, key, parameter).shape)
-        if tuple(tensors[name].shape) != wanted:
-            raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensors[name].shape)}")
-    with torch.no_grad():
-        for name, (adapter, key, parameter) in places.items():
-            parameter.copy_(_from_peft(adapter, key, tensors[name]))
-    return model
+    for name, (shaped, _, _) in places.items():
+        if tensors[name].shape != shaped.shape:
+            raise ValueError(f"{name}: expected shape {tuple(shaped.shape)}, got {tuple(tensors[name].shape)}")
+    return [(tensors[name], read, to) for name, (_, read, to) in places.items()]
 
 
 def _prefixed(found: dict[str, LoRALinear | AddLowRank]) -> dict[str, LoRALinear | AddLowRank]:
@@ -171,6 +201,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type: expected LORA, got {config.get('peft_type')}")
+    if (begun := config.get("init_lora_weights", True)) not in _BEGINNINGS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {begun!r}, which changes the base's weights as well: convert the adapter by"
+            " PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
     for key, value in config.items():
         if key not in _IRRELEVANT and key not in _READ and value not in (None, False, "none", {}, []):
             raise ValueError(f"{path}: {key} is {value!r}, which no adapter here has")

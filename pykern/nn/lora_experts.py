@@ -45,6 +45,7 @@ class AddLowRank(torch.nn.Module):
         self.lora_B = LowRank(torch.empty(count, out, r, **factory))
         self._computing = False  # whether a forward pass of the module runs, during which the sum is made once
         self._sum: Tensor | None = None
+        self._sum_has_graph = False
         self.reset_lora_parameters()
 
     @torch.no_grad()
@@ -54,13 +55,13 @@ class AddLowRank(torch.nn.Module):
         torch.nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self._sum is not None:
+        if self._sum is not None and self._sum_has_graph == torch.is_grad_enabled():
             return self._sum
         a, b = self.lora_A.weight.to(weight.dtype), self.lora_B.weight.to(weight.dtype)
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         result = torch.baddbmm(weight, left, right, alpha=self.scaling)
         if self._computing:
-            self._sum = result
+            self._sum, self._sum_has_graph = result, torch.is_grad_enabled()
         return result
 
     def begin(self, *_: Any) -> None:

@@ -187,6 +187,8 @@ def check_base_layer(base_layer: torch.nn.Module) -> None:
         raise TypeError(
             f"base_layer: expected a torch.nn.Linear or a pykern.nn.Linear4bit, got {kind.__module__}.{kind.__name__}"
         )
+    if base_layer._forward_hooks or base_layer._forward_pre_hooks:
+        raise ValueError("base_layer: it has forward hooks, which would not be called any more: remove them first")
     if kind is torch.nn.Linear and not base_layer.weight.is_floating_point():
         raise TypeError(
             "base_layer: its quantisation is incomplete: expected a floating weight, or a Linear4bit with its scales, "
@@ -200,6 +202,9 @@ def check_base_layer(base_layer: torch.nn.Module) -> None:
 
 
 def check_options(r: int, alpha: float, dropout: float) -> None:
+    for name, number, kind in (("r", r, int), ("alpha", alpha, (int, float)), ("dropout", dropout, (int, float))):
+        if not isinstance(number, kind) or isinstance(number, bool):
+            raise TypeError(f"{name}: expected {'an integer' if kind is int else 'a number'}, got {number!r}")
     if r < 1:
         raise ValueError(f"r: expected a rank of 1 or more, got {r}")
     if not 0 < alpha < math.inf:

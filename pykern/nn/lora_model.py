@@ -54,6 +54,9 @@ def add_lora(
         ValueError: nothing matches, a layer has an adapter already, or an option is out of range.
         TypeError: a layer that matches cannot be adapted. In both cases the model is as it was.
     """
+    for name, given in (("target_modules", target_modules), ("target_parameters", target_parameters)):
+        if not isinstance(given, (str, Sequence)):
+            raise TypeError(f"{name}: expected a name, a regular expression or names, got {given!r}")
     layers = _layers(model, target_modules)
     experts = _experts(model, target_parameters)
     check_options(r, alpha, dropout)
@@ -126,7 +129,10 @@ def adapter_parameters(adapter: LoRALinear | AddLowRank) -> dict[str, torch.nn.P
 def matches(targets: str | Sequence[str], name: str) -> bool:
     """PEFT's rule for names."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise ValueError(f"target_modules: {targets!r} is no regular expression: {error}") from error
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

@@ -5,12 +5,14 @@ DeepSeek-V3), so that a state_dict fits both.
 """
 
 import contextlib
+import functools
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pykern import ops
 from pykern.ops.moe.activations import ACTIVATIONS
@@ -171,11 +173,18 @@ class MoE(nn.Module):
 
         Raises:
             TypeError: it is another module.
-            ValueError: its activation is none of ours.
+            ValueError: its activation is none of ours, or its weights are quantised or have adapters.
         """
         kind = type(block).__name__
         if kind not in _ROUTING:
             raise TypeError(f"block: expected one of {', '.join(_ROUTING)}, got {kind}")
+        changed = [name for name, part in block.named_modules() if type(part).__module__.startswith(("pykern", "peft"))]
+        changed += [name for name, part in block.named_modules() if parametrize.is_parametrized(part)]
+        if changed:
+            raise ValueError(
+                f"block: expected the parameters of transformers, but {changed[0]} was changed: take the"
+                " layer over before it is quantised or adapted"
+            )
         gate, weight = block.gate, block.experts.gate_up_proj
         shared = getattr(block, "shared_experts", None)
         name = block.experts.config.hidden_act
@@ -192,6 +201,9 @@ class MoE(nn.Module):
         )
         frozen = [name for name, parameter in block.named_parameters() if not parameter.requires_grad]
         layer.load_state_dict(block.state_dict(keep_vars=True), assign=True)
+        layer.gate.__class__ = _recorded(type(gate))
+        for hook in gate._forward_hooks.values():  # by which a model that ran already records router_logits
+            layer.gate.register_forward_hook(hook)
         for name in frozen:  # the assignment has made them trainable, as those of a new layer are
             layer.get_parameter(name).requires_grad_(False)
         return layer.train(block.training)
@@ -222,6 +234,12 @@ def _deepseek_v3(gate: nn.Module) -> dict[str, Any]:
         "scale": gate.routed_scaling_factor,
         "fp32": True,
     }
+
+
+@functools.cache
+def _recorded(router: type[nn.Module]) -> type[Router]:
+    """A `Router` that counts as transformers' own, by whose class a model finds where its router_logits come from."""
+    return type("Router", (Router, router), {"__doc__": Router.__doc__})
 
 
 # What each block's router does, in the words of `Router`.

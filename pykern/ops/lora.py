@@ -246,9 +246,8 @@ def _dora_scale(
     # Outside the op, whose gradient would else have to leave out the part of its own function that the norm is.
     # Not rounded on its way: an error of the norm is one of every gradient.
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    check_like("magnitude", magnitude, input, weight.shape[:1], (input.dtype, torch.float32))
     weight = dequantize_4bit(weight, wide) if isinstance(weight, Weight4bit) else weight.detach()
     lora_a, lora_b = ((t if t.dtype == weight.dtype else t.to(wide)).detach() for t in (lora_a, lora_b))
-    if magnitude.shape != weight.shape[:1]:
-        raise ValueError(f"magnitude: expected shape {tuple(weight.shape[:1])}, got {tuple(magnitude.shape)}")
     norm = dora_norm(weight, lora_a, lora_b, scaling)
     return magnitude / torch.where(norm > 0, norm, 1.0)

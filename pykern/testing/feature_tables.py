@@ -77,17 +77,21 @@ def weight_formats_table() -> str:
 
 def lora_table() -> str:
     """Which backends have a kernel for which feature of a linear layer with adapters, on which format of its weight."""
-    make = Make("cpu", torch.bfloat16)
-    catalogue, weight = pykern.catalogue(), make(16, 128, grad=False)
-    formats: dict[str, tuple[str, tuple[Any, ...]]] = {"fp32, fp16, bf16": ("", (weight,))}
+    catalogue, shape, make = pykern.catalogue(), (16, 128), Make("cpu", torch.bfloat16)
+    formats: dict[str, tuple[str, Make, tuple[Any, ...]]] = {}
+    for label, dtype in (("fp16, bf16", torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)):
+        formats[label] = "", Make("cpu", dtype), (Make("cpu", dtype)(*shape, grad=False),)
     for label, _, packed in weight_formats(make):
-        if packed.shape == weight.shape:
-            formats[label] = ("_4bit", packed.arguments)
+        if packed.shape == shape:
+            formats[label] = "_4bit", make, packed.arguments
     lines = ["| | " + " | ".join(formats) + " |", "|---|" + "---|" * len(formats)]
     for op, features in (("lora_linear", lora_features), ("multi_lora_linear", multi_features)):
-        for label, x, rest in features(make, *weight.shape):
-            cells = [_kernels(catalogue[op + suffix], (x, *base, *rest)) for suffix, base in formats.values()]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        for row in zip(*(features(own, *shape) for _, own, _ in formats.values()), strict=True):
+            cells = [
+                _kernels(catalogue[op + suffix], (x, *base, *rest))
+                for (suffix, _, base), (_, x, rest) in zip(formats.values(), row, strict=True)
+            ]
+            lines.append(f"| {row[0][0]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

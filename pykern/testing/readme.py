@@ -144,7 +144,7 @@ def render(text: str) -> str:
         "experts": experts_table,
         "moe_layers": moe_layers_table,
         "weight_speed": lambda: rivals_table(RESULTS / "cpu-4bit.json"),
-        "lora_speed": lambda: rivals_table(RESULTS / "cpu-lora.json"),
+        "lora_speed": lambda: rivals_table(RESULTS / "cpu-lora.json", beside_torch=True),
         "moe_speed": lambda: rivals_table(RESULTS / "cpu-moe.json", beside_torch=True),
         "speed": lambda: speed_table(RESULTS / "cpu-norms.json"),
         "attention_speed": lambda: speed_table(RESULTS / "cpu-attention.json"),

@@ -33,6 +33,7 @@ def check_grouped(
         lambda: "offs: expected " + ("where a matrix is 2-D, got None" if jagged else "None where both are 3-D"),
     )
     if offs is not None:
+        torch._check_value(offs.dim() == 1, lambda: f"offs: expected 1 dimension, got {offs.dim()}")
         groups = mat_a.shape[0] if mat_a.dim() == 3 else mat_b.shape[0] if mat_b.dim() == 3 else offs.shape[-1]
         check_like("offs", offs, mat_a, (groups,), (torch.int32,))
         torch._check_value(offs.shape[0] > 0, lambda: "offs: expected at least one group, got none")

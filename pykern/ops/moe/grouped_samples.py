@@ -72,6 +72,7 @@ def bad_groups(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Exception
     yield "two dtypes", (a, b.to(torch.float64), offs, *none), TypeError, "mat_b: expected dtype"
     yield "no offs", (a, b, None, *none), ValueError, "offs: expected where a matrix is 2-D, got None"
     yield "offs for a batch", (make(2, 6, 8), b, offs, *none), ValueError, "offs: expected None where both are 3-D"
+    yield "scalar offs", (a, b[0], offs[0], *none), ValueError, "offs: expected 1 dimension, got 0"
     yield "length of offs", (a, b, offs[:1], *none), ValueError, r"offs: expected shape \(2,\), got \(1,\)"
     yield "dtype of offs", (a, b, offs.long(), *none), TypeError, "offs: expected dtype torch.int32, got torch.int64"
     yield "bias", (a, b, offs, make(3, 4), None, None, None), ValueError, r"bias: expected shape \(2, 4\)"

@@ -40,12 +40,14 @@ def moe_load(expert_ids: Tensor, num_experts: int, *, attention_mask: Tensor | N
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    check_ids(expert_ids)
-    torch._check_value(num_experts > 0, lambda: f"num_experts: expected at least one, got {num_experts}")
-    check_id_values(expert_ids, num_experts)
-    if attention_mask is not None:
-        flat = attention_mask.reshape(-1)
-        check_like("attention_mask", flat, expert_ids, expert_ids.shape[:1], (flat.dtype,))
+    flat = None if attention_mask is None else attention_mask.reshape(-1)
+    if not torch.compiler.is_compiling():  # which cannot trace the messages
+        check_ids(expert_ids)
+        torch._check_value(num_experts > 0, lambda: f"num_experts: expected at least one, got {num_experts}")
+        check_id_values(expert_ids, num_experts)
+        if flat is not None:
+            check_like("attention_mask", flat, expert_ids, expert_ids.shape[:1], (flat.dtype,))
+    if flat is not None:
         expert_ids = expert_ids.where((flat != 0).unsqueeze(1), -1)
     counts = expert_counts(expert_ids.reshape(1, -1), num_experts).squeeze(0)
     fractions = counts.float() / counts.sum().clamp(min=1)

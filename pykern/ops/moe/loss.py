@@ -16,6 +16,7 @@ from pykern.ops.moe._common import (
     SCORES,
     check_choice,
     check_id_values,
+    check_ids,
     check_logits,
     normalized_sigmoid,
     wide_dtype,
@@ -86,7 +87,8 @@ def _check_balance(
         num_sequences > 0 and logits.shape[0] % num_sequences == 0,
         lambda: f"num_sequences: expected a divisor of the {logits.shape[0]} tokens, got {num_sequences}",
     )
-    check_like("expert_ids", expert_ids, logits, (logits.shape[0], expert_ids.shape[-1]), ID_DTYPES)
+    check_ids(expert_ids)
+    check_like("expert_ids", expert_ids, logits, (logits.shape[0], expert_ids.shape[1]), ID_DTYPES)
 
 
 def _scalar(logits: Tensor, *_: Any) -> Tensor:

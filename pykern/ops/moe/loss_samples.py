@@ -56,6 +56,7 @@ def bad_balances(make: Any) -> Iterator[tuple[str, tuple[Any, ...], type[Excepti
     yield "rank", (x[0], ids, None, 4, "softmax", 1), ValueError, r"logits: expected shape .* got \(4,\)"
     yield "experts", (x, ids, None, 5, "softmax", 1), ValueError, "num_experts: expected 4 .* got 5"
     yield "ids", (x, ids[:5], None, 4, "softmax", 1), ValueError, r"expert_ids: expected shape \(6, 2\), got \(5, 2\)"
+    yield "scalar ids", (x, ids[0, 0], None, 4, "softmax", 1), ValueError, r"expert_ids: expected .* got \(\)"
     yield "score", (x, ids, None, 4, "tanh", 1), ValueError, "score: expected one of softmax, sigmoid, got 'tanh'"
     yield (
         "mask",

@@ -107,5 +107,6 @@ def moe_sort(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     Raises:
         ValueError, TypeError: a shape or dtype does not fit; the message names the argument.
     """
-    check_id_values(expert_ids, num_experts)
+    if num_experts > 0:
+        check_id_values(expert_ids, num_experts)
     return _moe_sort(expert_ids, num_experts)

@@ -46,7 +46,7 @@ def tests(config: Config) -> Iterator[Unit]:
         return test_result([json.loads(line) for line in lines], code, said)
 
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        if '"--device"' in file.read_text():
+        if 'getoption("--device")' in file.read_text():
             yield file.name, lambda file=file: unit(file)
 
 
