@@ -124,7 +124,7 @@ def _shares(x, top, SOFTMAX: tl.constexpr):
     else:
         # σ(x) = eˣ·σ(−x): where all are small, the factor that they share is left out before it underflows.
         tail = _exp(-tl.abs(x))
-        below = tl.where(top < 0.0, _exp(tl.minimum(x - top, 0.0)), tail)
+        below = tl.where(top < 0.0, _exp(tl.where(x > top, 0.0, x - top)), tail)
         scores = tl.div_rn(tl.where(x < 0.0, below, 1.0), 1.0 + tail)
     return scores
 

@@ -10,6 +10,7 @@ import pykern.ops as ops
 from pykern.model.config import TransformerConfig
 from pykern.model.positions import rotate
 from pykern.model.sequences import Sequences
+from pykern.nn.expert_mlp import expert_mlp
 
 
 class SelfAttention(nn.Module):
@@ -76,7 +77,7 @@ class MoeMlp(nn.Module):
         logits = self.router(tokens)
         weights, expert_ids = ops.moe_route(logits, self.config.experts_per_token)
         self.routing = logits, expert_ids
-        return ops.moe_mlp(tokens, self.gate_up, self.down, weights, expert_ids).view_as(x)
+        return expert_mlp(self, "gate_up", "down", tokens, weights, expert_ids).view_as(x)
 
     def auxiliary_loss(self) -> Tensor:
         """Load-balancing and z-loss of the last forward pass, weighted as the config says."""

@@ -17,7 +17,8 @@ class AddLowRank(torch.nn.Module):
 
     Each expert has an adapter of its own: `lora_A.weight` (experts, r, in) and `lora_B.weight` (experts, out, r). So it
     works in whatever a module computes with its weights, also behind `Decode4bit`; but as in PEFT the sum of all
-    experts is in memory from the forward pass to the backward pass, and so is its gradient during the latter.
+    experts is then in memory from the forward pass to the backward pass, and so is its gradient during the latter. The
+    layers of pykern never read it: `pykern.nn.expert_mlp` multiplies by the adapters themselves.
 
     Args:
         weight: (experts, out, in), or (experts, in, out) if `transposed`.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pykern import ops
+from pykern.nn.expert_mlp import expert_mlp
 from pykern.ops.moe.activations import ACTIVATIONS
 
 
@@ -99,14 +100,9 @@ class Experts(nn.Module):
         _uniform(self.down_proj)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(tokens, H) -> (tokens, H), by `pykern.ops.moe_mlp`."""
-        return ops.moe_mlp(
-            hidden_states,
-            self.gate_up_proj,
-            self.down_proj,
-            top_k_weights,
-            top_k_index,
-            activation=self.activation,
+        """(tokens, H) -> (tokens, H), by `pykern.ops.moe_mlp`, or by grouped products of 4-bit or adapted weights."""
+        return expert_mlp(
+            *(self, "gate_up_proj", "down_proj", hidden_states, top_k_weights, top_k_index), activation=self.activation
         )
 
     def extra_repr(self) -> str:
