@@ -35,10 +35,11 @@ def by_hand(a: Tensor, matrices: Tensor, gather: Tensor, scatter: Tensor) -> Ten
 
 
 def test_rows_and_groups_may_overlap_by_all_but_one_element() -> None:
-    tiles = pytest.importorskip("pykern.kernels.grouped_mm_tiles")
+    from pykern.kernels.grouped_mm_tiles import strides_in_units
+
     a, b = torch.empty(80).unfold(0, 64, 1), torch.empty(4096).as_strided((3, 64, 32), (1, 32, 1))
-    assert tiles.strides_in_units(a, b, 64, 32) == (1, [1, 1, 32, None])
-    assert tiles.strides_in_units(a[:1], b[:1], 64, 32) == (4, [0, 0, 8, None])
+    assert strides_in_units(a, b, 64, 32) == (1, [1, 1, 32, None])
+    assert strides_in_units(a[:1], b[:1], 64, 32) == (4, [0, 0, 8, None])
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int4"])
